@@ -45,7 +45,7 @@ OPTIONS = {  # the default for points, the default for digits, help; the first f
     "num_epochs": (300, 60, "passes over the training data"),
     "learning_rate": (1e-2, 4e-3, "of Adam at the start; it falls linearly to 0"),
     "eval_batch_size": (10_000, 2000, "samples to draw"),
-    "show_image_step": (4, 5, "diffusion steps from one frame of process.gif to the next"),
+    "show_image_step": (5, 5, "diffusion steps from one frame of process.gif to the next"),
     "seed": (0, 0, "fixes all that is random"),
 }
 
@@ -293,7 +293,7 @@ def train(model, schedule, x_0, stats, args):
 
 # %% 10. Pictures
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # data, samples, the score: the colour-blind see three
-SHOWN = {2: (1000, 2), 784: (20, 784)}  # points or digits in a frame
+SHOWN = {2: (500, 2), 784: (20, 784)}  # points or digits in a frame, and their size
 GRID = torch.cartesian_prod(torch.linspace(-2.6, 2.6, 20), torch.linspace(-2.6, 2.6, 20))  # (400, 2)
 
 
@@ -312,7 +312,7 @@ def draw(title, x, colour, seen_by=(), columns=5):
     if x.shape[1] == 2:
         if seen_by:
             axes.quiver(*GRID.T, *(-eps_hat / schedule.noise[t, None]).T.cpu(), color=GREY, width=0.003)
-        axes.plot(*x.T.cpu(), "o", color=colour, markersize=2, markeredgewidth=0)
+        axes.plot(*x.T.cpu(), "o", color=colour, markersize=2.5, markeredgewidth=0)
         axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8))
     else:
         blocks = [
@@ -392,9 +392,7 @@ def main(argv=None):
     name = "sample.json" if checkpoint else "run.json"
     save(out / name, lambda path: path.write_text(json.dumps(facts, indent=2)))
     print(f"{out}:", *sorted(path.name for path in out.iterdir()))
-    print(
-        ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), f"({facts['seconds']} seconds)"
-    )
+    print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), f"({facts['seconds']} s)")
 
 
 if __name__ == "__main__":
