@@ -52,7 +52,7 @@ OPTIONS = {  # the default for points, the default for digits, help; the first f
 
 def fail(message):
     """Bad input ends here: one line that names the flag, the value and the way out; exit status 2."""
-    print(f"main.py: error: {message}", file=sys.stderr)
+    tqdm.write(f"main.py: error: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
     sys.exit(2)
 
 
@@ -81,23 +81,23 @@ def parse_options(argv=None):
     flag("--data_dir", metavar="DIR", default="data", help="holds MNIST/raw, or will after a download [data]")
     flag("--device", default="auto", help="cuda, mps or cpu [the first of these that is there]")
     args = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)  # not Jupyter's
-    args.device, checkpoint, trained = pick_device(args.device), None, {}
+    args.device, checkpoint, saved = pick_device(args.device), None, {}
     if args.eval_path:
         try:
             checkpoint = torch.load(args.eval_path, args.device, weights_only=True)  # runs none of its code
-            trained = {name: checkpoint["main.py"][name] for name in ("dataset", *OPTIONS)[:6]}
+            saved = {name: checkpoint["main.py"][name] for name in ("dataset", *OPTIONS)}
         except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
             fail(f"--checkpoint {args.eval_path}: {type(error).__name__}; give a model.pt that main.py wrote")
-    args.dataset = args.dataset or trained.get("dataset", "heart")
+    args.dataset = args.dataset or saved.get("dataset", "heart")
     for name, (points, digits, _) in OPTIONS.items():
         if getattr(args, name) is None:
-            setattr(args, name, trained.get(name, digits if args.dataset == "mnist" else points))
+            setattr(args, name, saved.get(name, digits if args.dataset == "mnist" else points))
     for name, value in vars(args).items():
         least = {"num_timesteps": 20, "learning_rate": 1e-12, "seed": 0}.get(name, 1)
         if isinstance(value, (int, float)) and not least <= value < 2**63:
             fail(f"--{name} {value}: give a number from {least} up")
-        if value != trained.get(name, value):
-            fail(f"--{name} {value}: {args.eval_path} has {trained[name]}; leave the flag out")
+        if name in ("dataset", *OPTIONS)[:6] and value != saved.get(name, value):
+            fail(f"--{name} {value}: {args.eval_path} has {saved[name]}; leave the flag out")
     args.output_dir = args.output_dir or f"outputs/{args.dataset}{'_samples' if checkpoint else ''}"
     return args, checkpoint
 
@@ -139,7 +139,7 @@ def load_data(args, checkpoint=None):
     else:
         even = (torch.arange(8000, device=args.device) + 0.5) / 8000  # random ones would leave gaps
         x_0, real = (curve(args.dataset, v) for v in (even, torch.rand_like(even)))
-        shift, scale = x_0.mean(dim=0), x_0.std()  # to mean 0 and variance 1, as the prior has
+        shift, scale = x_0.mean(dim=0), x_0.var(dim=0).mean().sqrt()  # to mean 0 and variance 1
     x_0, real = (x_0 - shift) / scale, (real - shift) / scale
     return x_0, real, {"shift": shift, "scale": scale, "bounds": (x_0.amin(dim=0), x_0.amax(dim=0))}
 
@@ -186,14 +186,13 @@ def embed(x, size, scale):
 class MLP(nn.Module):
     """x_t (B, D) and t (B,) to eps_theta(x_t, t) (B, D) or, if it predicts x_0, to x_theta(x_t, t) (B, D)."""
 
-    def __init__(self, args, D, bf16=False):
+    def __init__(self, args, D, precision="fp32"):
         super().__init__()
         self.predicts, self.size, self.T = args.predict, args.embedding_size, args.num_timesteps
-        self.bf16, width, n = bf16, args.hidden_size, args.hidden_layers
-        self.first = nn.Linear((2 * self.size if D == 2 else D) + self.size, width)
-        blocks = [nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(n)]
-        self.blocks = nn.ModuleList(blocks)
-        self.last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, D))
+        self.bf16, H, n = precision == "bf16", args.hidden_size, args.hidden_layers
+        self.first = nn.Linear((2 * self.size if D == 2 else D) + self.size, H)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(H), nn.Linear(H, H)) for _ in range(n))
+        self.last = nn.Sequential(nn.LayerNorm(H), nn.Linear(H, D))
 
     def forward(self, x_t, t):
         # two numbers show an MLP no detail, their sines and cosines do (arXiv 2006.10739): (B, 2 * embedding_size)
@@ -263,6 +262,7 @@ def train(model, schedule, x_0, stats, args):
     def pause():
         finite = torch.stack(losses).isfinite().cpu()
         if not finite.all():  # model.pt stays as it was
+            bar.close()
             fail(f"--learning_rate {args.learning_rate}: no finite loss at step {finite.int().argmin() + 1}")
         content = {"main.py": vars(args), "model": model.state_dict(), "stats": stats}
         save(out / "model.pt", lambda path: torch.save(content, path))
@@ -283,7 +283,7 @@ def train(model, schedule, x_0, stats, args):
             if len(losses) in pauses:
                 pause()
     except KeyboardInterrupt:
-        print("training ended early; next come the samples")
+        tqdm.write("training ended early; next come the samples") if losses else sys.exit(130)
     pause()
     save_gif(out / "training.gif", frames)
     axes = Figure(layout="constrained").add_subplot(xlabel="training step", ylabel="loss", yscale="log")
@@ -302,8 +302,7 @@ def draw(title, x, colour, seen_by=(), columns=5):
     """A picture, uint8 (H, W, 3), of points or digits x (N, D), and what seen_by = (model, schedule, step) sees in them:
     beside digits x_0_hat; behind points the score on GRID, grad log q(x_t) = -eps_hat / sqrt(1 - alpha_bar_t)."""
     canvas = FigureCanvasAgg(Figure(figsize=(4, 4.3), dpi=90))
-    axes = canvas.figure.add_axes((0, 0, 1, 0.93), title=title)
-    axes.set_axis_off()
+    axes = canvas.figure.add_axes((0, 0, 1, 0.93), title=title, frame_on=False, xticks=[], yticks=[])
     if seen_by:
         model, schedule, step = seen_by
         query = GRID.to(x.device) if x.shape[1] == 2 else x
@@ -326,10 +325,9 @@ def draw(title, x, colour, seen_by=(), columns=5):
 
 def save(path, write):
     """write(another name), then rename: the file is whole or it is not there."""
-    temporary = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
+        write(temporary := path.with_name(f".{path.name}"))
         temporary.replace(path)
     except OSError as error:
         fail(f"--output_dir {path.parent}: {error.strerror}; name a folder that can be written")
@@ -337,7 +335,7 @@ def save(path, write):
 
 def save_gif(path, frames):
     """20 frames (H, W, 3) a second, the last one for 3 seconds, over and over."""
-    milliseconds = [50] * (len(frames) - 1) + [3000]
+    milliseconds = [50] * (len(frames) - 1) + [3000] if len(frames) > 1 else 3000
     save(path, lambda path: imageio.mimsave(path, frames, duration=milliseconds, loop=0))
 
 
@@ -353,15 +351,17 @@ def main(argv=None):
     """One run, from options to files; in a notebook, main(["--dataset", "mnist"]) takes the place of a command."""
     args, checkpoint = parse_options(argv)
     out, T, digits = Path(args.output_dir), args.num_timesteps, args.dataset == "mnist"
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if args.device == "cpu" else {}
-    bf16 = digits and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or args.device.startswith("cuda"))
-    print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, {'bf16' if bf16 else 'fp32'}")
+    quick = args.device[:4] == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+    precision = "bf16" if digits and quick else "fp32"  # of matrix products; those of points are small
+    print(f"device: {args.device}, {precision}, {torch.get_num_threads()} CPU threads")
     if checkpoint and (out / "run.json").exists():
         fail(f"--output_dir {out}: a training run is there, and stays as it is; name another folder")
     torch.manual_seed(args.seed)
     x_0, real, stats = load_data(args, checkpoint)
+    save(out / ".probe", Path.touch)  # if it cannot, better now than after the training
+    (out / ".probe").unlink()
     shown, D = SHOWN[x_0.shape[1]]
-    schedule, model = make_schedule(T, args.device), MLP(args, D, bf16).to(args.device)
+    schedule, model = make_schedule(T, args.device), MLP(args, D, precision).to(args.device)
     model.load_state_dict(checkpoint["model"]) if checkpoint else train(model, schedule, x_0, stats, args)
     data, forward, reverse = x_0[torch.randperm(len(x_0))[:shown]], [], []
     eps = torch.randn_like(data)  # one for all t: the eye can follow a point
@@ -387,8 +387,8 @@ def main(argv=None):
             parts = {"loss on test digits": real, "on as many training digits": x_0[: len(real)]}
             metrics = {name: loss_simple(model, schedule, part).item() for name, part in parts.items()}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    facts = {"options": vars(args), "versions": versions, "device": args.device, "metrics": metrics}
-    facts["seconds"] = round(time.perf_counter() - STARTED, 1)
+    facts = {"options": vars(args), "versions": versions, "device": args.device, "precision": precision}
+    facts |= {"seconds": round(time.perf_counter() - STARTED, 1), "metrics": metrics}
     name = "sample.json" if checkpoint else "run.json"
     save(out / name, lambda path: path.write_text(json.dumps(facts, indent=2)))
     print(f"{out}:", *sorted(path.name for path in out.iterdir()))
