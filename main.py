@@ -4,14 +4,14 @@ A forward process turns data into Gaussian noise in T small steps, a network lea
 undoing all of them turns fresh noise into new data. Ho, Jain and Abbeel 2020, https://arxiv.org/abs/2006.11239.
 The data: points of a heart or a swiss roll (the network sees one point at a time, never the picture), or MNIST.
 
-    python main.py                                                        heart, 20 seconds on 2 CPU cores
-    python main.py --dataset mnist                                        digits, 10 minutes on 2 CPU cores
-    python main.py --checkpoint outputs/heart/model.pt --num_samples 500  more samples of a trained model
+    python main.py                                                   heart, 20 seconds on 2 CPU cores
+    python main.py --dataset mnist                                   digits, 10 minutes on 2 CPU cores
+    python main.py --checkpoint outputs/heart/model.pt --seed 1      more samples of a trained model
 
-Index: the code counts t = 0..T-1, so its t is the paper's t + 1. Pictures count noise steps: 0 is data, T is noise.
-Deviations from the paper: an MLP for the U-Net, with no moving average of its weights (the falling learning rate does
-as well); betas times 1000 / T, so that x_T is noise for every T; x_0_hat clipped to the range of the data, as in the
-authors' code; sigma_t^2 is beta_tilde, the second of their two choices; on MNIST the network predicts x_0, not eps.
+Index: the code counts t = 0..T-1, so the paper's t is the code's t + 1. Pictures count noise steps: step 0 is data.
+Deviations from the paper: an MLP for the U-Net; no moving average of its weights (it gained nothing here); betas
+times 1000 / T, so that x_T is noise for every T; t evenly spread in a batch; gradients clipped; x_0_hat clipped to the
+range of the data; on MNIST the network predicts x_0, not eps.
 """
 
 # %% 1. Imports
@@ -41,11 +41,11 @@ OPTIONS = {  # the default for points, the default for digits, help; the first f
     "embedding_size": (32, 128, "sines and cosines that stand for t, and for each coordinate of a point"),
     "hidden_size": (96, 1024, "width of the network"),
     "hidden_layers": (2, 4, "residual blocks in the network"),
-    "train_batch_size": (1000, 256, "data in a training step"),
-    "num_epochs": (300, 60, "passes over the training data"),
-    "learning_rate": (1e-2, 4e-3, "of Adam at the start; it falls linearly to 0"),
+    "train_batch_size": (1000, 256, "examples in a training step"),
+    "num_epochs": (300, 80, "passes over the training data"),
+    "learning_rate": (1e-2, 4e-3, "of Adam at its highest; it rises in 100 steps, then falls to 0"),
     "eval_batch_size": (10_000, 2000, "samples to draw"),
-    "show_image_step": (5, 5, "diffusion steps from one frame of process.gif to the next"),
+    "show_image_step": (5, 10, "diffusion steps from one frame of process.gif to the next"),
     "seed": (0, 0, "fixes all that is random"),
 }
 
@@ -80,11 +80,11 @@ def parse_options(argv=None):
     flag("--output_dir", metavar="DIR", help="[outputs/DATASET; with --checkpoint outputs/DATASET_samples]")
     flag("--data_dir", metavar="DIR", default="data", help="holds MNIST/raw, or will after a download [data]")
     flag("--device", default="auto", help="cuda, mps or cpu [the first of these that is there]")
-    args = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)  # not Jupyter's
+    args = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)  # notebook: none
     args.device, checkpoint, saved = pick_device(args.device), None, {}
     if args.eval_path:
         try:
-            checkpoint = torch.load(args.eval_path, args.device, weights_only=True)  # runs none of its code
+            checkpoint = torch.load(args.eval_path, args.device, weights_only=True)  # runs no code from it
             saved = {name: checkpoint["main.py"][name] for name in ("dataset", *OPTIONS)}
         except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
             fail(f"--checkpoint {args.eval_path}: {type(error).__name__}; give a model.pt that main.py wrote")
@@ -94,8 +94,9 @@ def parse_options(argv=None):
             setattr(args, name, saved.get(name, digits if args.dataset == "mnist" else points))
     for name, value in vars(args).items():
         least = {"num_timesteps": 20, "learning_rate": 1e-12, "seed": 0}.get(name, 1)
-        if isinstance(value, (int, float)) and not least <= value < 2**63:
-            fail(f"--{name} {value}: give a number from {least} up")
+        most = 2**63 - 1 if name == "seed" else 10**7
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            fail(f"--{name} {value}: give a number from {least} to {most}")
         if name in ("dataset", *OPTIONS)[:6] and value != saved.get(name, value):
             fail(f"--{name} {value}: {args.eval_path} has {saved[name]}; leave the flag out")
     args.output_dir = args.output_dir or f"outputs/{args.dataset}{'_samples' if checkpoint else ''}"
@@ -110,8 +111,7 @@ def curve(dataset, v):
         y = 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos()
         return torch.stack((16 * u.sin() ** 3, y), dim=1) / 5
     u = 1.5 * math.pi * (1 + 2 * v)
-    roll = torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10
-    return roll + 0.01 * torch.randn_like(roll)
+    return torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10 + 0.01 * torch.randn(len(v), 2).to(v)
 
 
 def load_mnist(data_dir):
@@ -130,18 +130,19 @@ def load_mnist(data_dir):
 
 
 def load_data(args, checkpoint=None):
-    """Standardised training data (N, D) and other real data (M, D), what undoes it, and the bounds of the former."""
+    """Training data (N, D) and other real data (M, D), standardised, and stats, the constants for that."""
     if args.dataset == "mnist" and checkpoint:  # sampling needs no digits
         return torch.empty(0, 784, device=args.device), None, checkpoint["stats"]
     if args.dataset == "mnist":
         x_0, real = (digits.to(args.device).float() for digits in load_mnist(args.data_dir))
         shift = scale = torch.tensor(127.5, device=args.device)  # to [-1, 1], section 3.3
     else:
-        even = (torch.arange(8000, device=args.device) + 0.5) / 8000  # random ones would leave gaps
-        x_0, real = (curve(args.dataset, v) for v in (even, torch.rand_like(even)))
-        shift, scale = x_0.mean(dim=0), x_0.var(dim=0).mean().sqrt()  # to mean 0 and variance 1
-    x_0, real = (x_0 - shift) / scale, (real - shift) / scale
-    return x_0, real, {"shift": shift, "scale": scale, "bounds": (x_0.amin(dim=0), x_0.amax(dim=0))}
+        v = (torch.arange(8000, device=args.device) + 0.5) / 8000  # evenly: random ones would leave gaps
+        x_0, real = curve(args.dataset, v), curve(args.dataset, torch.rand(args.eval_batch_size).to(v))
+        shift, scale = x_0.mean(dim=0), x_0.var(dim=0).mean().sqrt()  # to mean 0 and, on average, variance 1
+    low, high = (x_0.amin(dim=0) - shift) / scale, (x_0.amax(dim=0) - shift) / scale
+    stats = checkpoint["stats"] if checkpoint else {"shift": shift, "scale": scale, "bounds": (low, high)}
+    return (x_0 - stats["shift"]) / stats["scale"], (real - stats["shift"]) / stats["scale"], stats
 
 
 # %% 4. Noise schedule — section 4
@@ -153,9 +154,8 @@ def make_schedule(T, device="cpu"):
     alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)
     schedule = {
         "betas": betas,
-        "alpha_bars": alpha_bars,
-        "signal": alpha_bars.sqrt(),  # eq. 4: x_t = signal x_0 + noise eps
-        "noise": (1 - alpha_bars).sqrt(),
+        "signal": alpha_bars.sqrt(),  # eq. 4: x_t = signal x_0 + noise_std eps
+        "noise_std": (1 - alpha_bars).sqrt(),
         "posterior_x_0": alpha_bars_prev.sqrt() * betas / (1 - alpha_bars),  # eq. 7: the factor of x_0
         "posterior_x_t": (1 - betas).sqrt() * (1 - alpha_bars_prev) / (1 - alpha_bars),  # and that of x_t
         "posterior_variance": (1 - alpha_bars_prev) / (1 - alpha_bars) * betas,  # eq. 7: beta_tilde
@@ -165,8 +165,8 @@ def make_schedule(T, device="cpu"):
 
 # %% 5. Forward process — x_0, x_t, eps are (B, D), t is (B,), so values[t, None] is (B, 1)
 def q_sample(schedule, x_0, t, eps):
-    """x_t (B, D) of q(x_t | x_0) from noise eps: all its steps at once, eq. 4."""
-    return schedule.signal[t, None] * x_0 + schedule.noise[t, None] * eps
+    """x_t (B, D) of q(x_t | x_0) from noise eps: steps 0 to t at once, eq. 4."""
+    return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
 
 
 def q_posterior(schedule, x_0, x_t, t):
@@ -177,7 +177,7 @@ def q_posterior(schedule, x_0, x_t, t):
 
 # %% 6. Network
 def embed(x, size, scale):
-    """Numbers (B,) to vectors (B, size): sines and cosines of scale * x, of less, and so on to scale * x / 10,000."""
+    """Numbers (B,) to sines and cosines (B, size), from which an MLP learns fine detail (arXiv 2006.10739)."""
     frequencies = scale * 10_000 ** -torch.linspace(0, 1, (size + 1) // 2, device=x.device)
     angles = x[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :size]
@@ -195,7 +195,6 @@ class MLP(nn.Module):
         self.last = nn.Sequential(nn.LayerNorm(H), nn.Linear(H, D))
 
     def forward(self, x_t, t):
-        # two numbers show an MLP no detail, their sines and cosines do (arXiv 2006.10739): (B, 2 * embedding_size)
         x = torch.cat([embed(c, self.size, 25.0) for c in x_t.T], dim=1) if x_t.shape[1] == 2 else x_t
         x = torch.cat((x, embed(t, self.size, 1000 / self.T)), dim=1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
@@ -205,17 +204,17 @@ class MLP(nn.Module):
             return self.last(h).float()  # (B, D)
 
 
-def predict(model, schedule, x_t, t):
+def predict_both(model, schedule, x_t, t):
     """eps_hat and x_0_hat, both (B, D), from a network that gives one of them: eq. 4 gives the other."""
-    signal, noise, output = schedule.signal[t, None], schedule.noise[t, None], model(x_t, t)
+    signal, noise_std, output = schedule.signal[t, None], schedule.noise_std[t, None], model(x_t, t)
     if model.predicts == "eps":
-        return output, (x_t - noise * output) / signal
-    return (x_t - signal * output) / noise, output
+        return output, (x_t - noise_std * output) / signal
+    return (x_t - signal * output) / noise_std, output
 
 
 # %% 7. Loss — Algorithm 1
 def loss_simple(model, schedule, x_0):
-    """Algorithm 1, lines 2 to 5, with the loss of eq. 14: a scalar for standardised data x_0 (B, D).
+    """Algorithm 1, lines 3 to 5 before the gradient, eq. 14: a scalar for standardised data x_0 (B, D).
 
     To predict eps, a network must pass the noise through its hidden layers: easy for the 2 numbers of a point, not for
     the 784 of a digit; but digits are few among all images, so x_0 is easier there. The losses differ by a weight for
@@ -223,41 +222,39 @@ def loss_simple(model, schedule, x_0):
     """
     B, T, device = len(x_0), len(schedule.betas), x_0.device
     # Any t is as likely as any other, but those of a batch are evenly spread: the loss is much less noisy.
-    t = (torch.arange(B, device=device) * T // B + torch.randint(T, (1,), device=device)) % T
+    t = (torch.randperm(B, device=device) * T // B + torch.randint(T, (1,), device=device)) % T
     eps = torch.randn_like(x_0)
-    eps_hat, x_0_hat = predict(model, schedule, q_sample(schedule, x_0, t, eps), t)
+    eps_hat, x_0_hat = predict_both(model, schedule, q_sample(schedule, x_0, t, eps), t)
     return F.mse_loss(eps_hat, eps) if model.predicts == "eps" else F.mse_loss(x_0_hat, x_0)
 
 
 # %% 8. Sampling — Algorithm 2
 @torch.no_grad()
 def p_sample_loop(model, schedule, shape, seed, bounds=(-math.inf, math.inf)):
-    """Algorithm 2: yields (T, x_T), (T - 1, x_{T-1}), ..., (0, x_0), each x of the shape (B, D)."""
+    """Algorithm 2: yields (T, x_T), ..., (0, x_0), each x (B, D). Line 4 is eq. 7 with x_0_hat in place of x_0."""
     device, T = schedule.betas.device, len(schedule.betas)
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(shape, generator=generator, device=device)
     yield T, x
     for step in reversed(range(T)):
         t = torch.full(shape[:1], step, device=device)
-        _, x_0_hat = predict(model, schedule, x, t)
-        # The paper does not print the clamp, which keeps x_0_hat in the range of the data: at large t a small error of
-        # eps_hat, divided by a tiny sqrt(alpha_bar_t), would throw it far out.
+        _, x_0_hat = predict_both(model, schedule, x, t)
+        # clamped to the range of the data: at large t a small error of eps_hat would throw x_0_hat far out
         mean, variance = q_posterior(schedule, x_0_hat.clamp(*bounds), x, t)
         z = torch.randn(shape, generator=generator, device=device)
-        x = mean + variance.sqrt() * z  # at t = 0 the variance is 0: the last step adds no noise
+        x = mean + variance.sqrt() * z  # beta_tilde, one of the paper's two choices, is 0 at t = 0: no noise
         yield step, x
 
 
 # %% 9. Training
 def train(model, schedule, x_0, stats, args):
-    """Trains the model, until Ctrl-C at most; writes model.pt, training.gif and loss.png."""
-    shuffles = (torch.randperm(len(x_0), device=x_0.device) for _ in range(args.num_epochs))
-    batches = (batch for shuffle in shuffles for batch in shuffle.split(args.train_batch_size))
-    steps = args.num_epochs * math.ceil(len(x_0) / args.train_batch_size)
+    """Trains the model, to the end or to Ctrl-C; writes model.pt, training.gif and loss.png."""
+    losses, frames, out, size = [], [], Path(args.output_dir), args.train_batch_size
+    batches = (b for _ in range(args.num_epochs) for b in torch.randperm(len(x_0)).to(x_0.device).split(size))
+    steps = args.num_epochs * math.ceil(len(x_0) / size)
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    pauses = {math.ceil(steps * (k / 16) ** 2) for k in range(1, 16)}  # sooner at first, where more happens
-    losses, frames, out = [], [], Path(args.output_dir)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, 1 - step / steps))
+    pauses = {math.ceil(steps * (k / 16) ** 2) for k in range(1, 16)}  # denser at the start
 
     def pause():
         finite = torch.stack(losses).isfinite().cpu()
@@ -276,7 +273,7 @@ def train(model, schedule, x_0, stats, args):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            decay.step()
+            rate.step()
             losses.append(loss.detach())
             if len(losses) % 50 == 1:  # to read a loss is to wait for the device: not at every step
                 bar.set_postfix(loss=f"{torch.stack(losses[-100:]).mean():.4f}", refresh=False)
@@ -292,7 +289,7 @@ def train(model, schedule, x_0, stats, args):
 
 
 # %% 10. Pictures
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # data, samples, the score: the colour-blind see three
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # data, samples, score: a colour-blind reader can tell
 SHOWN = {2: (500, 2), 784: (20, 784)}  # points or digits in a frame, and their size
 GRID = torch.cartesian_prod(torch.linspace(-2.6, 2.6, 20), torch.linspace(-2.6, 2.6, 20))  # (400, 2)
 
@@ -301,16 +298,18 @@ GRID = torch.cartesian_prod(torch.linspace(-2.6, 2.6, 20), torch.linspace(-2.6, 
 def draw(title, x, colour, seen_by=(), columns=5):
     """A picture, uint8 (H, W, 3), of points or digits x (N, D), and what seen_by = (model, schedule, step) sees in them:
     beside digits x_0_hat; behind points the score on GRID, grad log q(x_t) = -eps_hat / sqrt(1 - alpha_bar_t)."""
-    canvas = FigureCanvasAgg(Figure(figsize=(4, 4.3), dpi=90))
-    axes = canvas.figure.add_axes((0, 0, 1, 0.93), title=title, frame_on=False, xticks=[], yticks=[])
+    height = 4 if x.shape[1] == 2 else 4 * math.ceil(len(x) / columns) / columns / (2 if seen_by else 1)
+    canvas = FigureCanvasAgg(Figure(figsize=(4, height + 0.35), dpi=90))
+    axes = canvas.figure.add_axes((0, 0, 1, height / (height + 0.35)), title=title)
+    axes.set_axis_off()
     if seen_by:
         model, schedule, step = seen_by
         query = GRID.to(x.device) if x.shape[1] == 2 else x
         t = torch.full((len(query),), max(step - 1, 0), device=x.device)
-        eps_hat, x_0_hat = predict(model, schedule, query, t)
+        eps_hat, x_0_hat = predict_both(model, schedule, query, t)
     if x.shape[1] == 2:
         if seen_by:
-            axes.quiver(*GRID.T, *(-eps_hat / schedule.noise[t, None]).T.cpu(), color=GREY, width=0.003)
+            axes.quiver(*GRID.T, *(-eps_hat / schedule.noise_std[t, None]).T.cpu(), color=GREY, width=0.003)
         axes.plot(*x.T.cpu(), "o", color=colour, markersize=2.5, markeredgewidth=0)
         axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8))
     else:
@@ -324,13 +323,13 @@ def draw(title, x, colour, seen_by=(), columns=5):
 
 
 def save(path, write):
-    """write(another name), then rename: the file is whole or it is not there."""
+    """write(another name), then rename: the file is whole, or what it was before."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary := path.with_name(f".{path.name}"))
         temporary.replace(path)
-    except OSError as error:
-        fail(f"--output_dir {path.parent}: {error.strerror}; name a folder that can be written")
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        fail(f"--output_dir {path.parent}: {error}; name a folder with room that can be written")
 
 
 def save_gif(path, frames):
@@ -350,18 +349,19 @@ def sliced_w2(a, b):
 def main(argv=None):
     """One run, from options to files; in a notebook, main(["--dataset", "mnist"]) takes the place of a command."""
     args, checkpoint = parse_options(argv)
-    out, T, digits = Path(args.output_dir), args.num_timesteps, args.dataset == "mnist"
-    quick = args.device[:4] == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-    precision = "bf16" if digits and quick else "fp32"  # of matrix products; those of points are small
-    print(f"device: {args.device}, {precision}, {torch.get_num_threads()} CPU threads")
-    if checkpoint and (out / "run.json").exists():
+    device, T, digits, out = args.device, args.num_timesteps, args.dataset == "mnist", Path(args.output_dir)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    quick = cpu.get("avx512_bf16") or device[:4] == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    precision = "bf16" if digits and quick else "fp32"  # of the network; that of points is small
+    print(f"device: {device}, {precision}, {torch.get_num_threads()} CPU threads")
+    if checkpoint and (out / "model.pt").exists():
         fail(f"--output_dir {out}: a training run is there, and stays as it is; name another folder")
     torch.manual_seed(args.seed)
     x_0, real, stats = load_data(args, checkpoint)
-    save(out / ".probe", Path.touch)  # if it cannot, better now than after the training
+    save(out / ".probe", Path.touch)  # better to fail now than after the training
     (out / ".probe").unlink()
     shown, D = SHOWN[x_0.shape[1]]
-    schedule, model = make_schedule(T, args.device), MLP(args, D, precision).to(args.device)
+    schedule, model = make_schedule(T, device), MLP(args, D, precision).to(device)
     model.load_state_dict(checkpoint["model"]) if checkpoint else train(model, schedule, x_0, stats, args)
     data, forward, reverse = x_0[torch.randperm(len(x_0))[:shown]], [], []
     eps = torch.randn_like(data)  # one for all t: the eye can follow a point
@@ -379,15 +379,13 @@ def main(argv=None):
     samples = (x * stats["scale"] + stats["shift"]).cpu().numpy()
     samples = samples.round().clip(0, 255).astype(np.uint8).reshape(-1, 28, 28) if digits else samples
     save(out / "samples.npy", lambda path: np.save(path, samples))
-    metrics = {}
-    if not digits:
-        metrics = {"sliced W2 of samples": sliced_w2(x, x_0), "of as many real points": sliced_w2(real, x_0)}
-    elif not checkpoint:
+    metrics = {} if digits else {"sliced W2": sliced_w2(x, x_0), "of real points": sliced_w2(real, x_0)}
+    if digits and not checkpoint:
         with torch.no_grad():
-            parts = {"loss on test digits": real, "on as many training digits": x_0[: len(real)]}
+            parts = {"loss on test digits": real, "on training digits": x_0[: len(real)]}
             metrics = {name: loss_simple(model, schedule, part).item() for name, part in parts.items()}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    facts = {"options": vars(args), "versions": versions, "device": args.device, "precision": precision}
+    facts = {"options": vars(args), "versions": versions, "device": device, "precision": precision}
     facts |= {"seconds": round(time.perf_counter() - STARTED, 1), "metrics": metrics}
     name = "sample.json" if checkpoint else "run.json"
     save(out / name, lambda path: path.write_text(json.dumps(facts, indent=2)))

@@ -70,7 +70,7 @@ def oracle(schedule, points, predicts):
     """The best prediction for data that are these points (N, D), all as likely: a softmax over them."""
 
     def model(x_t, t):
-        signal, noise = schedule.signal[t, None], schedule.noise[t, None]
+        signal, noise = schedule.signal[t, None], schedule.noise_std[t, None]
         distances = (x_t[:, None] - signal[:, None] * points).square().sum(dim=2)  # (B, N)
         x_0_hat = (-distances / (2 * noise**2)).softmax(dim=1) @ points
         return x_0_hat if predicts == "x_0" else (x_t - signal * x_0_hat) / noise
@@ -87,8 +87,8 @@ def test_schedule_ends_in_noise(T):
     schedule = main.make_schedule(T)
     assert all(len(values) == T and values.isfinite().all() for values in vars(schedule).values())
     assert ((schedule.betas > 0) & (schedule.betas < 1)).all()
-    assert (schedule.alpha_bars.diff() < 0).all()
-    assert 0 < schedule.alpha_bars[-1] < 1e-3
+    assert (schedule.signal.diff() < 0).all()
+    assert 0 < schedule.signal[-1].double() ** 2 < 1e-3
     assert schedule.posterior_variance[0] == 0
 
 
@@ -96,7 +96,7 @@ def test_schedule_is_the_papers_at_1000_steps():
     betas = np.linspace(1e-4, 0.02, 1000)
     schedule = main.make_schedule(1000)
     np.testing.assert_allclose(schedule.betas, betas, rtol=1e-6)
-    np.testing.assert_allclose(schedule.alpha_bars, np.cumprod(1 - betas), rtol=1e-6)
+    np.testing.assert_allclose(schedule.signal, np.sqrt(np.cumprod(1 - betas)), rtol=1e-6)
 
 
 # Forward process
@@ -119,7 +119,7 @@ def test_q_sample_is_t_single_steps(T):
 def test_q_posterior_is_bayes_rule(t):
     schedule = main.make_schedule(50)
     x_0, x_t, x = 0.7, -0.4, torch.linspace(-8, 8, 400_001, dtype=torch.float64)
-    beta, alpha_bar = schedule.betas[t].double(), schedule.alpha_bars[t - 1].double()
+    beta, alpha_bar = schedule.betas[t].double(), schedule.signal[t - 1].double() ** 2
     log_density = -((x - alpha_bar.sqrt() * x_0) ** 2) / (2 * (1 - alpha_bar))  # q(x_{t-1} | x_0)
     log_density = log_density - (x_t - (1 - beta).sqrt() * x) ** 2 / (2 * beta)  # q(x_t | x_{t-1})
     weights = log_density.softmax(dim=0)
@@ -140,7 +140,7 @@ def test_predict_inverts_q_sample(predicts):
     x_0, eps = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0))
     model = {"eps": lambda x_t, t: eps, "x_0": lambda x_t, t: x_0}[predicts]
     model.predicts = predicts
-    eps_hat, x_0_hat = main.predict(model, schedule, main.q_sample(schedule, x_0, t, eps), t)
+    eps_hat, x_0_hat = main.predict_both(model, schedule, main.q_sample(schedule, x_0, t, eps), t)
     torch.testing.assert_close(eps_hat, eps, rtol=0, atol=1e-3)
     torch.testing.assert_close(x_0_hat, x_0, rtol=0, atol=1e-3)
 
@@ -151,7 +151,7 @@ def test_reverse_chain_of_a_gaussian_follows_its_recursion():
     schedule = main.make_schedule(T)
 
     def model(x_t, t):
-        signal, noise = schedule.signal[t, None], schedule.noise[t, None]
+        signal, noise = schedule.signal[t, None], schedule.noise_std[t, None]
         return noise * (x_t - signal * m) / (signal**2 * s**2 + noise**2)
 
     model.predicts = "eps"
@@ -159,8 +159,8 @@ def test_reverse_chain_of_a_gaussian_follows_its_recursion():
     chain = main.p_sample_loop(model, schedule, (n, 1), seed=0)
     next(chain)
     for step, x in chain:  # from x_{step + 1} to x_step; the index of that transition is step
-        beta, alpha_bar = schedule.betas[step].item(), schedule.alpha_bars[step].item()
-        before = schedule.alpha_bars[step - 1].item() if step else 1.0
+        beta, alpha_bar = schedule.betas[step].item(), schedule.signal[step].item() ** 2
+        before = schedule.signal[step - 1].item() ** 2 if step else 1.0
         slope = (1 - alpha_bar) / (alpha_bar * s**2 + 1 - alpha_bar)  # of sqrt(1 - alpha_bar) eps
         factor = (1 - beta * slope / (1 - alpha_bar)) / math.sqrt(1 - beta)  # Algorithm 2, line 4
         shift = beta * slope * math.sqrt(alpha_bar) * m / (1 - alpha_bar) / math.sqrt(1 - beta)
@@ -188,14 +188,14 @@ def test_sampler_with_the_optimal_network_reproduces_the_data(predicts, clip):
 def test_score_is_the_gradient_of_the_log_density():
     schedule, t = main.make_schedule(100), torch.full((50,), 40)
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    signal, noise = schedule.signal[40], schedule.noise[40]
+    signal, noise = schedule.signal[40], schedule.noise_std[40]
     mixture = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(torch.ones(5)),
         torch.distributions.Independent(torch.distributions.Normal(signal * CENTRES, noise), 1),
     )
     (gradient,) = torch.autograd.grad(mixture.log_prob(x).sum(), x)
-    eps_hat, _ = main.predict(oracle(schedule, CENTRES, "eps"), schedule, x.detach(), t)
-    torch.testing.assert_close(-eps_hat / schedule.noise[t, None], gradient, rtol=1e-3, atol=1e-3)
+    eps_hat, _ = main.predict_both(oracle(schedule, CENTRES, "eps"), schedule, x.detach(), t)
+    torch.testing.assert_close(-eps_hat / schedule.noise_std[t, None], gradient, rtol=1e-3, atol=1e-3)
 
 
 def test_sampling_repeats_and_leaves_other_random_numbers_alone():
@@ -247,9 +247,8 @@ def test_every_t_is_as_likely(monkeypatch, B, T):
     torch.manual_seed(0)
     for _ in range(4000):
         main.loss_simple(model, schedule, torch.zeros(B, 2))
-    first = torch.stack(seen)[:, 0].bincount(minlength=T)  # one draw of each batch: these are independent
-    last = torch.stack(seen)[:, -1].bincount(minlength=T)
-    for counts in (first, last):
+    for position in (0, -1):  # one draw of each batch: these are independent
+        counts = torch.stack(seen)[:, position].bincount(minlength=T)
         assert len(counts) == T
         assert ((counts - 4000 / T).abs() < 5 * math.sqrt(4000 / T)).all()
     assert all(t.bincount().max() <= math.ceil(B / T) for t in seen[:100])
@@ -314,7 +313,7 @@ def test_data_are_standardised(name):
     x_0, real, stats = main.load_data(options("--dataset", name))
     assert x_0.mean(dim=0).abs().max() < 1e-5
     assert x_0.square().sum(dim=1).mean().item() == pytest.approx(2, rel=1e-3)  # as for N(0, I)
-    assert real.shape == x_0.shape and not torch.equal(real, x_0)
+    assert real.shape == (300, 2)
     v = (torch.arange(8000) + 0.5) / 8000
     torch.testing.assert_close(x_0 * stats["scale"] + stats["shift"], main.curve(name, v), atol=0.08, rtol=0)
     assert torch.equal(stats["bounds"][0], x_0.min(dim=0)[0]) and torch.equal(
