@@ -318,6 +318,7 @@ def draw(title, x, colour, seen_by=(), columns=5):
         ]
         rows = torch.cat([block.view(-1, columns, 28, 28) for block in blocks], dim=1).transpose(1, 2)
         axes.imshow(rows.flatten(2).flatten(0, 1).cpu(), cmap="gray", vmin=-1, vmax=1)
+        axes.axvline(28 * columns - 0.5, color=ORANGE if seen_by else "none")  # between the halves
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
