@@ -317,7 +317,7 @@ def draw(title, x, colour, seen_by=(), columns=5):
             F.pad(d, (0, 0, 0, -len(x) % columns), value=1.0) for d in ((x, x_0_hat) if seen_by else (x,))
         ]
         rows = torch.cat([block.view(-1, columns, 28, 28) for block in blocks], dim=1).transpose(1, 2)
-        axes.imshow(rows.flatten(2).flatten(0, 1).cpu(), cmap="gray", vmin=-1, vmax=1)
+        axes.imshow(rows.flatten(2).flatten(0, 1).cpu().numpy(), cmap="gray", vmin=-1, vmax=1)
         axes.axvline(28 * columns - 0.5, color=ORANGE if seen_by else "none")  # between the halves
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -365,7 +365,7 @@ def main(argv=None):
     shown, D = SHOWN[x_0.shape[1]]
     schedule, model = make_schedule(T, device), MLP(args, D, precision).to(device)
     model.load_state_dict(checkpoint["model"]) if checkpoint else train(model, schedule, x_0, stats, args)
-    data, forward, reverse = x_0[torch.randperm(len(x_0))[:shown]], [], []
+    data, forward, reverse = x_0[torch.randperm(len(x_0))[: min(shown, args.eval_batch_size)]], [], []
     eps = torch.randn_like(data)  # one for all t: the eye can follow a point
     chain = p_sample_loop(model, schedule, (args.eval_batch_size, D), args.seed, stats["bounds"])
     for step, x in tqdm(chain, "sampling", T + 1):

@@ -634,11 +634,21 @@ def test_torchvision_of_another_build(capsys, tmp_path, monkeypatch):
     assert "torchvision::nms" in line and "pytorch.org" in line
 
 
-def test_loss_that_is_not_finite(heart_run, capsys, tmp_path):
-    out = tmp_path / "run"
-    main.main([*POINTS, "--output_dir", str(out)])
-    before = (out / "model.pt").read_bytes()
-    more = ["--learning_rate", "1e18", "--train_batch_size", "100", "--output_dir", out]
-    line = refusal(capsys, [*POINTS, *more])
-    assert "--learning_rate 1e+18" in line and re.search(r"step \d+", line)
-    assert (out / "model.pt").read_bytes() == before
+@pytest.mark.parametrize("step", [1, 30])
+def test_loss_that_is_not_finite(heart_run, capsys, monkeypatch, tmp_path, step):
+    out, calls, loss_simple = tmp_path / "run", [], main.loss_simple
+    out.mkdir()
+    earlier = (heart_run[0] / "model.pt").read_bytes()
+    (out / "model.pt").write_bytes(earlier)
+
+    def loss(*args):
+        calls.append(1)
+        return loss_simple(*args) * (math.nan if len(calls) == step else 1)
+
+    monkeypatch.setattr(main, "loss_simple", loss)
+    line = refusal(capsys, [*POINTS, "--train_batch_size", "100", "--output_dir", out])
+    assert "--learning_rate" in line and re.search(rf"step {step}\b", line)
+    assert os.listdir(out) == ["model.pt"]
+    weights = torch.load(out / "model.pt", weights_only=True)["model"].values()
+    assert all(value.isfinite().all() for value in weights)
+    assert ((out / "model.pt").read_bytes() == earlier) == (step == 1)
