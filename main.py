@@ -334,8 +334,8 @@ def save(path, write):
 
 
 def save_gif(path, frames):
-    """20 frames (H, W, 3) a second, the last one for 3 seconds, over and over."""
-    milliseconds = [50] * (len(frames) - 1) + [3000] if len(frames) > 1 else 3000
+    """Frames (H, W, 3), 20 a second or as many as fill 4 seconds, the last one for 3 seconds, over and over."""
+    milliseconds = [max(50, 4000 // len(frames))] * (len(frames) - 1) + [3000] if len(frames) > 1 else 3000
     save(path, lambda path: imageio.mimsave(path, frames, duration=milliseconds, loop=0))
 
 

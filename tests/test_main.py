@@ -348,7 +348,7 @@ def test_gif_keeps_frames_durations_and_loops(tmp_path):
     assert len(found) == 5 and all(
         np.abs(a[..., :3].astype(int) - b).max() < 8 for a, b in zip(found, frames)
     )
-    assert durations == [50, 50, 50, 50, 3000]
+    assert durations == [800, 800, 800, 800, 3000]
     main.save_gif(tmp_path / "one.gif", frames[:1])
     assert len(imageio.mimread(tmp_path / "one.gif")) == 1
     assert b"NETSCAPE2.0\x03\x01\x00\x00" in (tmp_path / "x.gif").read_bytes()  # 0: loop for ever
