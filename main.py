@@ -1,17 +1,17 @@
-"""DDPM with a multilayer perceptron: Denoising Diffusion Probabilistic Models, from data to samples, in one file.
+"""DDPM with an MLP: Denoising Diffusion Probabilistic Models, from data to samples, in one file.
 
 A forward process turns data into Gaussian noise in T small steps, a network learns to undo one such step, and
-undoing all of them turns fresh noise into new data. Ho, Jain and Abbeel 2020, https://arxiv.org/abs/2006.11239.
-The data: points of a heart or a swiss roll (the network sees one point at a time, never the picture), or MNIST.
+undoing all of them turns noise into new data. Ho, Jain and Abbeel 2020, https://arxiv.org/abs/2006.11239.
+The data: points of a heart or a swiss roll (the network sees one point, never the picture), or MNIST.
 
     python main.py                                                   heart, 20 seconds on 2 CPU cores
     python main.py --dataset mnist                                   digits, 10 minutes on 2 CPU cores
     python main.py --checkpoint outputs/heart/model.pt --seed 1      more samples of a trained model
 
-Index: the code counts t = 0..T-1, so the paper's t is the code's t + 1. Pictures count noise steps: step 0 is data.
-Deviations from the paper: an MLP for the U-Net; no moving average of its weights (it gained nothing here); betas
-times 1000 / T, so that x_T is noise for every T; t evenly spread in a batch; gradients clipped; x_0_hat clipped to the
-range of the data; on MNIST the network predicts x_0, not eps.
+Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. Pictures count noise steps: 0 is data.
+Deviations from the paper: an MLP for the U-Net; no moving average of its weights (it gained nothing); betas
+times 1000 / T, so that x_T is noise for every T; t evenly spread in a batch; gradients clipped; x_0_hat
+clipped to the range of the data; on MNIST the network predicts x_0, not eps.
 """
 
 # %% 1. Imports
@@ -105,7 +105,7 @@ def parse_options(argv=None):
 
 # %% 3. Data
 def curve(dataset, v):
-    """Points (N, 2) of the heart or the swiss roll at parameters v (N,) in [0, 1)."""
+    """Points (N, 2) of the heart, or of the swiss roll plus noise of 0.01, at parameters v (N,) in [0, 1)."""
     if dataset == "heart":
         u = 2 * math.pi * v
         y = 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos()
@@ -115,16 +115,16 @@ def curve(dataset, v):
 
 
 def load_mnist(data_dir):
-    """Training digits (60000, 784) and test digits (10000, 784), uint8, 0 = background; downloads them if need be."""
+    """Training digits (60000, 784), test digits (10000, 784), uint8, 0 = background; downloads if need be."""
     try:
         from torchvision.datasets import MNIST
-    except Exception as error:  # noqa: BLE001 — a CPU build of torch beside a CUDA build of torchvision, say
+    except Exception as error:  # noqa: BLE001 — say, a CPU torch beside a CUDA torchvision
         why = f"torchvision does not work with torch {torch.__version__} ({str(error).splitlines()[0]})"
         fail(f"{why}: install both anew, together, as https://pytorch.org/get-started/locally says")
     try:
         return [MNIST(data_dir, train=train, download=True).data.flatten(1) for train in (True, False)]
     except Exception as error:  # noqa: BLE001 — no network, no permission, a damaged file
-        why = f"--data_dir {data_dir}: MNIST can be neither read nor downloaded ({' '.join(str(error).split())[:80]})"
+        why = f"--data_dir {data_dir}: no MNIST, and no download ({' '.join(str(error).split())[:80]})"
         files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
         fail(f"{why}; put {', '.join(files)} into {Path(data_dir, 'MNIST', 'raw')}")
 
@@ -177,7 +177,7 @@ def q_posterior(schedule, x_0, x_t, t):
 
 # %% 6. Network
 def embed(x, size, scale):
-    """Numbers (B,) to sines and cosines (B, size), from which an MLP learns fine detail (arXiv 2006.10739)."""
+    """Numbers (B,) to sines and cosines (B, size), in which an MLP sees fine detail (arXiv 2006.10739)."""
     frequencies = scale * 10_000 ** -torch.linspace(0, 1, (size + 1) // 2, device=x.device)
     angles = x[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :size]
@@ -216,9 +216,9 @@ def predict_both(model, schedule, x_t, t):
 def loss_simple(model, schedule, x_0):
     """Algorithm 1, lines 3 to 5 before the gradient, eq. 14: a scalar for standardised data x_0 (B, D).
 
-    To predict eps, a network must pass the noise through its hidden layers: easy for the 2 numbers of a point, not for
-    the 784 of a digit; but digits are few among all images, so x_0 is easier there. The losses differ by a weight for
-    each t, the signal-to-noise ratio: |eps - eps_hat|^2 = alpha_bar_t / (1 - alpha_bar_t) |x_0 - x_0_hat|^2.
+    To predict eps, a network must pass noise through its hidden layers: easy for the 2 numbers of a point,
+    not for the 784 of a digit; x_0 is easier there: digits are few among images. The two differ by a weight,
+    the signal-to-noise ratio: |eps - eps_hat|^2 = alpha_bar_t / (1 - alpha_bar_t) |x_0 - x_0_hat|^2.
     """
     B, T, device = len(x_0), len(schedule.betas), x_0.device
     # Any t is as likely as any other, but those of a batch are evenly spread: the loss is much less noisy.
@@ -231,7 +231,7 @@ def loss_simple(model, schedule, x_0):
 # %% 8. Sampling — Algorithm 2
 @torch.no_grad()
 def p_sample_loop(model, schedule, shape, seed, bounds=(-math.inf, math.inf)):
-    """Algorithm 2: yields (T, x_T), ..., (0, x_0), each x (B, D). Line 4 is eq. 7 with x_0_hat in place of x_0."""
+    """Algorithm 2: yields (T, x_T), ..., (0, x_0), each x (B, D). Line 4 is eq. 7 with x_0_hat for x_0."""
     device, T = schedule.betas.device, len(schedule.betas)
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(shape, generator=generator, device=device)
@@ -296,8 +296,8 @@ GRID = torch.cartesian_prod(torch.linspace(-2.6, 2.6, 20), torch.linspace(-2.6, 
 
 @torch.no_grad()
 def draw(title, x, colour, seen_by=(), columns=5):
-    """A picture, uint8 (H, W, 3), of points or digits x (N, D), and what seen_by = (model, schedule, step) sees in them:
-    beside digits x_0_hat; behind points the score on GRID, grad log q(x_t) = -eps_hat / sqrt(1 - alpha_bar_t)."""
+    """uint8 picture (H, W, 3) of points or digits x (N, D), and what seen_by, (model, schedule, step), sees:
+    beside digits x_0_hat; behind points the score on GRID, grad log q(x_t) = -eps_hat / noise_std."""
     height = 4 if x.shape[1] == 2 else 4 * math.ceil(len(x) / columns) / columns / (2 if seen_by else 1)
     canvas = FigureCanvasAgg(Figure(figsize=(4, height + 0.35), dpi=90))
     axes = canvas.figure.add_axes((0, 0, 1, height / (height + 0.35)), title=title)
@@ -334,14 +334,14 @@ def save(path, write):
 
 
 def save_gif(path, frames):
-    """Frames (H, W, 3), 20 a second or as many as fill 4 seconds, the last one for 3 seconds, over and over."""
+    """Frames (H, W, 3), 20 a second or as many as fill 4 seconds; the last stays for 3 seconds; it loops."""
     milliseconds = [max(50, 4000 // len(frames))] * (len(frames) - 1) + [3000] if len(frames) > 1 else 3000
     save(path, lambda path: imageio.mimsave(path, frames, duration=milliseconds, loop=0))
 
 
 # %% 11. The whole run
 def sliced_w2(a, b):
-    """Sliced Wasserstein-2 distance of points (N, 2) and (M, 2): root mean square over directions and quantiles."""
+    """Sliced Wasserstein-2 distance of points (N, 2) and (M, 2): rms over directions and quantiles."""
     angles, levels = torch.arange(128) * math.pi / 128, (torch.arange(1000) + 0.5) / 1000
     directions = torch.stack((angles.cos(), angles.sin()))  # (2, 128)
     a, b = ((x.cpu() @ directions).sort(dim=0)[0][(levels * len(x)).long()] for x in (a, b))  # (1000, 128)
@@ -349,7 +349,7 @@ def sliced_w2(a, b):
 
 
 def main(argv=None):
-    """One run, from options to files; in a notebook, main(["--dataset", "mnist"]) takes the place of a command."""
+    """One run, from options to files; in a notebook main(["--dataset", "mnist"]) stands for a command."""
     args, checkpoint = parse_options(argv)
     device, T, digits, out = args.device, args.num_timesteps, args.dataset == "mnist", Path(args.output_dir)
     cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}

@@ -1,4 +1,4 @@
-"""Tests of main.py: its mathematics against closed forms, quadrature and an oracle, its files, and its bad input."""
+"""Tests of main.py: mathematics against closed forms, quadrature and an oracle; files; bad input."""
 
 import gzip
 import json
@@ -20,9 +20,9 @@ import torch
 import main
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = "--num_epochs 1 --num_timesteps 20 --embedding_size 8 --hidden_size 16 --hidden_layers 1 --show_image_step 5"
-POINTS = [*TINY.split(), "--train_batch_size", "4000", "--eval_batch_size", "300"]
-DIGITS = [*TINY.split(), "--dataset", "mnist", "--eval_batch_size", "12"]
+TINY = "--num_epochs 1 --num_timesteps 20 --embedding_size 8 --hidden_size 16 --hidden_layers 1"
+POINTS = [*TINY.split(), "--show_image_step", "5", "--train_batch_size", "4000", "--eval_batch_size", "300"]
+DIGITS = [*TINY.split(), "--show_image_step", "5", "--dataset", "mnist", "--eval_batch_size", "12"]
 CENTRES = torch.tensor([[-1.5, -0.5], [-0.5, 1.0], [0.0, -1.0], [0.8, 0.9], [1.2, -0.4]])
 
 
@@ -146,7 +146,7 @@ def test_predict_inverts_q_sample(predicts):
 
 
 def test_reverse_chain_of_a_gaussian_follows_its_recursion():
-    """For x_0 ~ N(m, s^2) the exact eps is linear in x_t, so mean and variance of the chain have a closed form."""
+    """For x_0 ~ N(m, s^2) the exact eps is linear in x_t, so the chain's mean and variance are known."""
     T, m, s, n = 50, 0.8, 0.5, 200_000
     schedule = main.make_schedule(T)
 
@@ -509,7 +509,7 @@ def test_as_a_notebook(tmp_path, monkeypatch):
             "OPTIONS" in scope and scope["OPTIONS"]["num_epochs"][0] > 1
         ):  # the options' cell: make the run tiny
             tiny = dict(zip(TINY.split()[::2], TINY.split()[1::2]))
-            for flag, value in {**tiny, "--eval_batch_size": "50"}.items():
+            for flag, value in {**tiny, "--eval_batch_size": "50", "--show_image_step": "5"}.items():
                 _, digits, text = scope["OPTIONS"][flag[2:]]
                 scope["OPTIONS"][flag[2:]] = (int(value), digits, text)
     assert np.load(tmp_path / "outputs" / "heart" / "samples.npy").shape == (50, 2)
