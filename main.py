@@ -5,7 +5,7 @@ undoing all of them turns noise into new data. Ho, Jain and Abbeel 2020, https:/
 The data: points of a heart or a swiss roll (the network sees one point, never the picture), or MNIST.
 
     python main.py                                                   heart, 20 seconds on 2 CPU cores
-    python main.py --dataset mnist                                   digits, 7 minutes on 2 CPU cores
+    python main.py --dataset mnist                                   digits, 6 minutes on 2 CPU cores
     python main.py --checkpoint outputs/heart/model.pt --seed 1      more samples of a trained model
 
 Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. Pictures count noise steps: 0 is data.
