@@ -179,7 +179,7 @@ def q_posterior(schedule, x_0, x_t, t):
 def embed(x, size, scale):
     """Numbers (B,) to sines and cosines (B, size), in which an MLP sees fine detail (arXiv 2006.10739)."""
     frequencies = scale * 10_000 ** -torch.linspace(0, 1, (size + 1) // 2, device=x.device)
-    angles = x[:, None] * frequencies
+    angles = x[:, None] * frequencies  # (B, size / 2)
     return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :size]
 
 
@@ -196,7 +196,7 @@ class MLP(nn.Module):
 
     def forward(self, x_t, t):
         x = torch.cat([embed(c, self.size, 25.0) for c in x_t.T], dim=1) if x_t.shape[1] == 2 else x_t
-        x = torch.cat((x, embed(t, self.size, 1000 / self.T)), dim=1)
+        x = torch.cat((x, embed(t, self.size, 1000 / self.T)), dim=1)  # any T spans what the paper's 1000 do
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             h = F.gelu(self.first(x))  # (B, hidden_size)
             for block in self.blocks:
@@ -257,10 +257,12 @@ def train(model, schedule, x_0, stats, args):
     pauses = {math.ceil(steps * (k / 16) ** 2) for k in range(1, 16)}  # denser at the start
 
     def pause():
-        finite = torch.stack(losses).isfinite().cpu()
-        if not finite.all():  # model.pt stays as it was
+        ok = torch.stack(losses).isfinite().cpu()
+        if not ok.all():  # model.pt stays as it was
             bar.close()
-            fail(f"--learning_rate {args.learning_rate}: no finite loss at step {finite.int().argmin() + 1}")
+            fail(
+                f"--learning_rate {args.learning_rate}: loss NaN/inf, step {ok.int().argmin() + 1}; lower it"
+            )
         content = {"main.py": vars(args), "model": model.state_dict(), "stats": stats}
         save(out / "model.pt", lambda path: torch.save(content, path))
         *_, (_, x) = p_sample_loop(model, schedule, SHOWN[x_0.shape[1]], args.seed, stats["bounds"])
@@ -313,9 +315,8 @@ def draw(title, x, colour, seen_by=(), columns=5):
         axes.plot(*x.T.cpu(), "o", color=colour, markersize=2.5, markeredgewidth=0)
         axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8))
     else:
-        blocks = [
-            F.pad(d, (0, 0, 0, -len(x) % columns), value=1.0) for d in ((x, x_0_hat) if seen_by else (x,))
-        ]
+        parts = (x, x_0_hat) if seen_by else (x,)
+        blocks = [F.pad(part, (0, 0, 0, -len(x) % columns), value=1.0) for part in parts]  # whole rows
         rows = torch.cat([block.view(-1, columns, 28, 28) for block in blocks], dim=1).transpose(1, 2)
         axes.imshow(rows.flatten(2).flatten(0, 1).cpu().numpy(), cmap="gray", vmin=-1, vmax=1)
         axes.axvline(28 * columns - 0.5, color=ORANGE if seen_by else "none")  # between the halves
