@@ -260,9 +260,7 @@ def train(model, schedule, x_0, stats, args):
         ok = torch.stack(losses).isfinite().cpu()
         if not ok.all():  # model.pt stays as it was
             bar.close()
-            fail(
-                f"--learning_rate {args.learning_rate}: loss NaN/inf, step {ok.int().argmin() + 1}; lower it"
-            )
+            fail(f"--learning_rate {args.learning_rate}: NaN loss at step {ok.int().argmin() + 1}; lower it")
         content = {"main.py": vars(args), "model": model.state_dict(), "stats": stats}
         save(out / "model.pt", lambda path: torch.save(content, path))
         *_, (_, x) = p_sample_loop(model, schedule, SHOWN[x_0.shape[1]], args.seed, stats["bounds"])
