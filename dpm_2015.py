@@ -1,0 +1,465 @@
+"""Deep Unsupervised Learning using Nonequilibrium Thermodynamics: the first diffusion model, in one file.
+
+A forward process destroys data in T small steps; a learned reverse process restores them, trained on K, a lower
+bound on log p(data) in bits. Sohl-Dickstein et al. 2015, https://arxiv.org/abs/1503.03585. On 2 CPU cores:
+
+    python dpm_2015.py                        swiss roll, 1 minute; --dataset heart is like it
+    python dpm_2015.py --dataset heartbeat    binary sequences, 5 minutes
+    python dpm_2015.py --dataset mnist        digits, 30 minutes; --resume FILE goes on with a stopped run
+
+Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. Pictures count noise steps: 0 is data.
+Deviations: K has a correction, without which eq. 14 is no bound unless the data have the prior's moments; mu is
+x sqrt(1 - beta) + z sqrt(beta), as in the released code, since with eq. 65 z = 0 is not exact for N(0, I).
+Heartbeats: m is 0.2, as the paper's figures need (its table: 0.5), z is added to the log-odds of the forward
+kernel, read-outs share the bumps of eq. 62. Bumps and first betas are evenly spread over log alpha_bar /
+(1 - alpha_bar), not over t. Digits: one pathway, dense, then convolutions of one scale; KL terms weighted by
+1 - alpha_bar, for better samples at a lower K; betas not learned; no denoising (section 2.5).
+"""
+
+# %% 1. Imports
+import time
+
+STARTED = time.perf_counter()  # before the imports: a user waits for them as well
+
+import json
+import math
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from itertools import pairwise
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
+from tqdm import tqdm
+
+Distribution.set_default_validate_args(False)  # to check values is to wait for the device
+
+# %% 2. Options
+OPTIONS = {  # the defaults for points, heartbeats and digits, help; the first two make the model
+    "num_timesteps": (40, 2000, 1000, "T, the number of diffusion steps, 5 or more"),
+    "hidden_size": (128, 50, 1024, "radial basis units for points (the paper: 16), or width of the network"),
+    "batch_size": (4000, 1000, 256, "examples in a training step, each at a t of its own"),
+    "num_training_steps": (4000, 40_000, 20_000, "training steps"),
+    "learning_rate": (3e-2, 1e-2, 2e-3, "of Adam at its highest; it rises in 100 steps, then falls to 0"),
+    "eval_batch_size": (10_000, 1000, 1000, "samples to draw"),
+    "seed": (0, 0, 0, "fixes all that is random"),
+}
+COLUMN = {"swiss_roll": 0, "heart": 0, "heartbeat": 1, "mnist": 2}  # of OPTIONS
+
+
+def fail(message):
+    """Bad input ends here: one line that names the flag, the value and the way out; exit status 2."""
+    tqdm.write(f"dpm_2015.py: error: {message}", file=sys.stderr)  # on its own line, below a progress bar
+    sys.exit(2)
+
+
+def pick_device(name):
+    """The name of the device to use, the quickest one for auto; one that is missing is an error."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    try:
+        name = here[0] if name == "auto" else name
+        torch.zeros(1, device=name if torch.device(name).type in here else "missing")  # cuda:7 fails here
+        return name
+    except RuntimeError:
+        fail(f"--device {name}: not on this machine or not in this build of torch; here: {', '.join(here)}")
+
+
+def parse_options(argv=None):
+    """The options, complete, and the content of the file that --checkpoint or --resume names, or None."""
+    parser = ArgumentParser("dpm_2015.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.error, flag, checkpoint, saved = fail, parser.add_argument, None, {}
+    flag("--dataset", choices=tuple(COLUMN), help="what to learn [swiss_roll]")
+    for name, (*values, text) in OPTIONS.items():
+        flag(f"--{name}", type=type(values[0]), metavar="N", help=f"{text} {values}")
+    flag("--eval_path", "--checkpoint", metavar="FILE", help="a model.pt to sample from instead of training")
+    flag("--resume", metavar="FILE", help="the model.pt of an interrupted training, to go on with")
+    flag("--output_dir", metavar="DIR", help="[outputs/dpm_2015_DATASET; with --checkpoint …_samples]")
+    flag("--data_dir", metavar="DIR", default="data", help="holds MNIST/raw, or will after a download [data]")
+    flag("--device", default="auto", help="cuda, mps or cpu [the first of these that is there]")
+    args = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)  # notebook: none
+    args.device, path = pick_device(args.device), args.eval_path or args.resume
+    if path:
+        try:
+            checkpoint = torch.load(path, args.device, weights_only=True)  # runs no code from it
+            saved, _ = checkpoint["dpm_2015.py"], args.eval_path or checkpoint["optimizer"]
+        except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
+            why = f"{'--checkpoint' if args.eval_path else '--resume'} {path}: {type(error).__name__}"
+            fail(f"{why}; give a model.pt of dpm_2015.py, for --resume one of a training that was stopped")
+    args.dataset = args.dataset or saved.get("dataset", "swiss_roll")
+    for name, values in OPTIONS.items():
+        value = getattr(args, name)
+        value = saved.get(name, values[COLUMN[args.dataset]]) if value is None else value
+        least = {"num_timesteps": 5, "learning_rate": 1e-12, "seed": 0}.get(name, 1)
+        if not least <= value <= (most := 2**63 - 1 if name == "seed" else 10**7):
+            fail(f"--{name} {value}: give a number from {least} to {most}")
+        setattr(args, name, value)
+    for name in ("dataset", "num_timesteps", "hidden_size"):
+        if saved and getattr(args, name) != saved[name]:
+            fail(f"--{name} {getattr(args, name)}: {path} has {saved[name]}; leave the flag out")
+    args.output_dir = args.output_dir or f"outputs/dpm_2015_{args.dataset}{'_samples' * bool(args.eval_path)}"
+    return args, checkpoint
+
+
+# %% 3. Data — standardised: mean 0 and, on average, variance 1, the moments of the prior N(0, I); bits stay
+def curve(dataset, v):
+    """Points (N, 2) of the heart, or of the swiss roll, at parameters v (N,) in [0, 1)."""
+    if dataset == "heart":
+        u = 2 * math.pi * v
+        y = 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos()
+        return torch.stack((16 * u.sin() ** 3, y), dim=1) / 5
+    u = 1.5 * math.pi * (1 + 2 * v)
+    return torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10
+
+
+BEATS = (torch.arange(20) % 5 == torch.arange(5)[:, None]).float()  # (5, 20): a pulse in every fifth bin
+NOISE = {"swiss_roll": 0.025, "heart": 0.05}  # of points; without noise a curve has no density
+CURVE = {name: curve(name, (torch.arange(4000) + 0.5) / 4000) for name in NOISE}  # (4000, 2), evenly in v
+SCALING = {"heartbeat": (0.0, 1.0), "mnist": (33.82, 78.57)}  # shift and scale; of digits in grey levels
+SCALING |= {n: (x.mean(dim=0), (x.var(dim=0).mean() + NOISE[n] ** 2).sqrt()) for n, x in CURVE.items()}
+
+
+def load_mnist(data_dir):
+    """Training digits (60000, 784), test digits (10000, 784), uint8, 0 = background; downloads if need be."""
+    try:
+        from torchvision.datasets import MNIST
+
+        return [MNIST(data_dir, train=train, download=True).data.flatten(1) for train in (True, False)]
+    except Exception as error:  # noqa: BLE001 — no network, a damaged file, a CPU torch beside a CUDA torchvision
+        why = f"--data_dir {data_dir}: no MNIST, and no download ({' '.join(str(error).split())[:80]}); put"
+        files = [f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1")]
+        ways = f"or install torch {torch.__version__} and torchvision anew, together, as https://pytorch.org says"
+        fail(f"{why} {', '.join(files)} into {Path(data_dir, 'MNIST', 'raw')}, {ways}")
+
+
+def draw_data(args, n, digits=None):
+    """n fresh examples (n, D) of the dataset, standardised; MNIST draws from digits (N, 784)."""
+    if args.dataset in NOISE:
+        x = curve(args.dataset, torch.rand(n)) + NOISE[args.dataset] * torch.randn(n, 2)
+    elif args.dataset == "heartbeat":
+        x = BEATS[torch.randint(5, (n,))]
+    else:  # a grey level becomes an interval: whole numbers have no density
+        x = digits[torch.randint(len(digits), (n,))] + torch.rand(n, digits.shape[1])
+    shift, scale = SCALING[args.dataset]
+    return ((x - shift) / scale).to(args.device)
+
+
+# %% 4. Forward and reverse process — x is (B, D), t is (B,); each kernel is a torch distribution over x
+class Gaussian:
+    """Gaussian diffusion, prior N(0, I). The betas (T,) may be learned: all here is differentiable in them."""
+
+    new_noise = staticmethod(torch.randn)
+    prior = property(lambda self: Normal(torch.zeros_like(self.betas[0]), 1.0))
+
+    def __init__(self, betas):
+        log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # alpha_bar, as DDPM calls the product of 1 - beta
+        self.T, self.betas, self.alpha_bars = len(betas), betas, log_alpha_bars.exp()
+        self.variances = -torch.expm1(log_alpha_bars)  # 1 - alpha_bar, exact where that is tiny
+
+    def q_marginal(self, x_0, t):  # q(x_t | x_0): steps 0 to t at once
+        return Normal(self.alpha_bars[t, None].sqrt() * x_0, self.variances[t, None].sqrt())
+
+    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), t >= 1
+        beta, part = self.betas[t, None], self.variances[t - 1, None] / self.variances[t, None]
+        x_0_factor = self.alpha_bars[t - 1, None].sqrt() * beta / self.variances[t, None]
+        return Normal(x_0_factor * x_0 + (1 - beta).sqrt() * part * x_t, (beta * part).sqrt())
+
+    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t): for z = 0 the forward kernel, exact for data N(0, I)
+        beta, (z_mu, z_sigma) = self.betas[t, None], z.chunk(2, dim=1)
+        mu = (1 - beta).sqrt() * x_t + beta.sqrt() * z_mu  # in place of eq. 65
+        return Normal(mu, torch.sigmoid(z_sigma + beta.logit()).sqrt())  # eq. 64: Sigma is a variance
+
+    def sample(self, kernel, noise):  # noise is N(0, I); frozen, it lets the gradient through to the betas
+        return kernel.mean + kernel.stddev * noise
+
+
+class Binomial(Gaussian):
+    """Binomial diffusion, prior Bernoulli(m): with probability beta a bit is drawn anew from the prior."""
+
+    new_noise, m = staticmethod(torch.rand), 0.2  # m is the mean activity of heartbeats
+    prior = property(lambda self: Bernoulli(torch.full_like(self.betas[0], self.m)))
+
+    def q_marginal(self, x_0, t):  # q(x_t | x_0)
+        return Bernoulli(x_0 * self.alpha_bars[t, None] + self.m * self.variances[t, None])
+
+    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), t >= 1: by Bayes' rule it has just this z
+        return self.p_reverse(self.q_marginal(x_0, t - 1).logits - self.prior.logits, x_t, t)
+
+    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t): for z = 0 the forward kernel, exact for data ~ prior
+        logits = (x_t * (1 - self.betas[t, None]) + self.m * self.betas[t, None]).logit() + z
+        return Bernoulli(logits=logits.clamp(-15, 15))  # beyond, 1 - p would round to 0 and a KL be infinite
+
+    def sample(self, kernel, noise):  # noise is uniform in [0, 1)
+        return (noise < kernel.probs).to(noise.dtype)
+
+
+# %% 5. The bound — eq. 13 and 14
+def draw_t(B, T):
+    """t (B,) in 1..T-1, each as likely as any other, but evenly spread over the batch: K is much less noisy."""
+    return 1 + (torch.randperm(B) * (T - 1) // B + torch.randint(T - 1, (1,))) % (T - 1)
+
+
+def bound(process, model, x_0, t, noise=None):
+    """K in bits (B,) for x_0 (B, D), estimated without bias from one t (B,) in 1..T-1 and one x_t for each x_0.
+
+    K = E_q log p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) <= log p(x_0). T - 1 KL terms, of which t picks one:
+    the last step back has none, since p(x_0 | x_1) is fixed, the forward kernel (eq. 44). The correction is for
+    that step and the prior; its mean is 0 for data with the prior's moments, which eq. 14 takes for granted.
+    """
+    (B, D), T, prior = x_0.shape, process.T, process.prior
+    noise = process.new_noise(B, D, device=x_0.device) if noise is None else noise
+    x_t = process.sample(process.q_marginal(x_0, t), noise)
+    p = process.p_reverse(model(x_t, t), x_t, t)
+    kl = kl_divergence(process.q_posterior(x_0, x_t, t), p).sum(dim=1)  # (B,), nats
+    H_start = process.q_marginal(x_0, 0 * t).entropy().expand(B, D).sum(dim=1)  # the paper's H_q(X^1 | X^0)
+    H_end = process.q_marginal(x_0, 0 * t + T - 1).entropy().expand(B, D).sum(dim=1)  # H_q(X^T | X^0)
+    H_prior = D * prior.entropy()  # H_p(X^T)
+    correction = (process.betas[0] + process.alpha_bars[-1]) * (prior.log_prob(x_0).sum(dim=1) + H_prior)
+    return (H_end - H_start - H_prior - (T - 1) * kl + correction) / math.log(2)
+
+
+# %% 6. Network — t enters at the read-out alone
+class Model(nn.Module):
+    """x_t (B, C P), of P pixels, and t (B,) to z (B, C P) or twice that, 0 before training; holds the betas."""
+
+    def __init__(self, args, C, P, precision="fp32"):
+        super().__init__()
+        T, H, points, units = args.num_timesteps, args.hidden_size, args.dataset in NOISE, args.hidden_size
+        self.bf16, self.dense = precision == "bf16", None
+        if args.dataset == "heartbeat":
+            alpha_bars = 1 - torch.arange(1, T + 1, dtype=torch.float64) / T  # so beta_t = 1 / (T - t)
+            layers = [part for n in (C, H, H) for part in (nn.Linear(n, H), nn.Sigmoid())]
+            for layer in layers[::2]:
+                layer.weight.data *= 4  # from small weights, sigmoids would hardly tell inputs apart
+        else:  # K <= -H_start, so that beta_0, which stays fixed, bounds K
+            start = math.log(1 / (1e-4 if points else 1e-5) - 1)
+            alpha_bars = torch.linspace(start, -7, T, dtype=torch.float64).sigmoid()
+        if points:  # radial basis units of width s: exp(-|x - c|^2 / 2 s^2) / sum = softmax(x c / s^2 - b)
+            layers = [nn.Linear(C, H), nn.Softmax(dim=1)]
+            nn.init.normal_(layers[0].weight, std=H / 9)  # centres c from N(0, I), s = 3 / sqrt(H)
+            layers[0].bias.data = layers[0].weight.data.square().sum(dim=1) * -4.5 / H
+        if P > 1:  # dense layers see the whole image; convolutions see the detail, and what those say of it
+            layers = [(nn.Linear(a, b), nn.LayerNorm(b), nn.GELU()) for a, b in pairwise((C * P, H, H, H, H))]
+            self.dense = nn.Sequential(*sum(layers, ()), nn.Linear(H, 4 * P))
+            layers = [(nn.Conv2d(n, 16, 3, padding=1), nn.LeakyReLU(0.05)) for n in (C + 4, 16)]
+            layers, units = [nn.Unflatten(1, (C + 4, math.isqrt(P), math.isqrt(P))), *sum(layers, ())], 16
+        self.body = nn.Sequential(*layers, nn.Flatten(2) if P > 1 else nn.Unflatten(1, (H, 1)))
+        betas = 1 - alpha_bars / F.pad(alpha_bars[:-1], (1, 0), value=1.0)
+        self.register_buffer("beta_0", betas[:1].float())
+        self.logit_betas = nn.Parameter(betas[1:].logit().float(), requires_grad=points)  # points learn them
+        log_snr = alpha_bars.logit().clamp(min=-8)  # log alpha_bar / (1 - alpha_bar); the last may be -inf
+        centres = torch.linspace(log_snr[0], log_snr[-1], 10)
+        bumps = (-((log_snr[:, None] - centres) ** 2) / (2 * (centres[1] - centres[0]) ** 2)).softmax(dim=1)
+        self.register_buffer("basis", torch.eye(T) if points else bumps.float())  # g_j(t) (T, J), eq. 63
+        shape = self.basis.shape[1], C if args.dataset == "heartbeat" else 2 * C
+        self.weight, self.bias = (nn.Parameter(torch.zeros(*shape, n)) for n in (units, 1))
+
+    def betas(self):
+        return torch.cat((self.beta_0, self.logit_betas.sigmoid()))
+
+    def forward(self, x, t):  # eq. 62: z = sum_j y_j g_j(t), each y_j linear in the units of the body
+        weight, bias = (torch.tensordot(self.basis[t], part, 1) for part in (self.weight, self.bias))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            units = self.body(torch.cat((x, self.dense(x)), dim=1) if self.dense else x)
+            return torch.baddbmm(bias, weight, units).flatten(1).to(x.dtype)  # units (B, n, P), z (B, D)
+
+
+# %% 7. Sampling, and posteriors — section 2.5
+@torch.no_grad()
+def p_sample_loop(process, model, shape, seed, x_known=None, known=None):
+    """Yields (T, x_T), ..., (0, x_0), each x (B, D); where known (D,) is true, x stays at x_known (B, D).
+
+    That multiplies each kernel by a delta function, r of section 2.5, for inpainting. It is approximate even
+    with exact kernels: r acts on every x_t, though x_0 alone is known."""
+    device, T = process.betas.device, process.T
+    generator, kernel = torch.Generator(device).manual_seed(seed), process.prior
+    for step in range(T, -1, -1):
+        if step < T:  # z in parts that caches can hold; the last step back is the forward kernel, eq. 44
+            t = torch.full(shape[:1], step, device=device)
+            z = torch.cat([model(*part) for part in zip(x.split(500), t.split(500))])
+            kernel = process.p_reverse(z * (step > 0), x, t)
+        x = process.sample(kernel, process.new_noise(shape, generator=generator, device=device))
+        x = x if known is None else torch.where(known, x_known, x)
+        yield step, x
+
+
+# %% 8. Training
+def train(model, Process, args, digits, checkpoint):
+    """Ascends K with Adam, to the end or to Ctrl-C; writes model.pt, training.gif and loss.png."""
+    Ks, frames, out, steps = [], [], Path(args.output_dir), args.num_training_steps
+    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random"].cpu())
+        Ks = list(checkpoint["Ks"])
+    pauses = {math.ceil(steps * (k / 16) ** 2) for k in range(1, 16)}  # denser at the start
+
+    def pause():
+        ok = torch.stack(Ks).isfinite().cpu()
+        if not ok.all():  # model.pt stays as it was
+            bar.close()
+            fail(f"--learning_rate {args.learning_rate}: NaN loss at step {ok.int().argmin() + 1}; lower it")
+        content = {"dpm_2015.py": vars(args), "model": model.state_dict(), "Ks": torch.stack(Ks)}
+        if len(Ks) < steps:  # for --resume
+            content |= {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+        save(out / "model.pt", lambda path: torch.save(content, path))
+        shape = SHOWN[args.dataset], x_0.shape[1]
+        *_, (_, x) = p_sample_loop(Process(model.betas().detach()), model, shape, args.seed)
+        frames.append(draw([(f"training step {len(Ks):,}", x, ORANGE)]))
+
+    try:
+        for step in (bar := tqdm(range(len(Ks), steps), "training", steps, initial=len(Ks), smoothing=0.05)):
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * min((step + 1) / 100, 1 - step / steps)
+            x_0, process = draw_data(args, args.batch_size, digits), Process(model.betas())
+            t = draw_t(len(x_0), process.T).to(args.device)
+            K = bound(process, model, x_0, t)  # (B,)
+            weight = process.variances[t] if args.dataset == "mnist" else 1.0  # what digits look like first
+            optimizer.zero_grad()
+            (-(weight * K).mean() / x_0.shape[1]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            Ks.append(K.mean().detach())
+            if step % 50 == 0:  # to read K is to wait for the device: not at every step
+                bar.set_postfix(K=f"{torch.stack(Ks[-100:]).mean():.3f} bits", refresh=False)
+            if step + 1 in pauses:
+                pause()
+    except KeyboardInterrupt:
+        tqdm.write("training ended early; next come the samples") if Ks else sys.exit(130)
+    pause()
+    save_gif(out / "training.gif", frames)
+    axes = Figure(layout="constrained").add_subplot(xlabel="training step", ylabel="K in bits")
+    axes.plot(torch.stack(Ks).cpu(), ".", color=BLUE, markersize=1)
+    axes.set_ylim(torch.stack(Ks[len(Ks) // 20 :]).min().item())  # the first steps are far below
+    save(out / "loss.png", axes.figure.savefig)
+
+
+# %% 9. Pictures
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # data, samples, drift: a colour-blind reader can tell
+SHOWN = {"swiss_roll": 500, "heart": 500, "heartbeat": 40, "mnist": 20}  # examples in a picture
+
+
+def draw(panels):
+    """uint8 picture (H, W, 3) of panels (title, x, colour): points x (N, 2), arrows (N, 4) from the first two
+    numbers along the others, heartbeats (N, 20), one in a row, or digits (N, 784)."""
+    canvas = FigureCanvasAgg(Figure(figsize=(4 * len(panels), 4.35), dpi=90 if len(panels) == 1 else 70))
+    canvas.figure.subplots_adjust(0.01, 0.01, 0.99, 0.92, 0.03)
+    for k, (title, x, colour) in enumerate(panels):
+        axes, x, D = canvas.figure.add_subplot(1, len(panels), k + 1, title=title), x.cpu(), x.shape[1]
+        axes.set_axis_off()
+        if D <= 4:
+            axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8))
+            axes.plot(*x.T[:2], "o", color=colour, markersize=2.5 * (D == 2), markeredgewidth=0)
+            axes.quiver(*x.T, color=colour, width=0.003) if D == 4 else None
+            continue
+        if D > 20:
+            c = 5 if len(x) < 50 else 10  # digits in a row; the last row is filled up
+            x = F.pad(x, (0, 0, 0, -len(x) % c)).view(-1, c, 28, 28).transpose(1, 2).flatten(2).flatten(0, 1)
+        axes.imshow(x, cmap="gray", vmin=-0.42 * (D > 20), vmax=2.8 if D > 20 else 1, aspect="auto")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save(path, write):
+    """write(another name), then rename: the file is whole, or what it was before."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary := path.with_name(f".{path.name}"))
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        fail(f"--output_dir {path.parent}: {error}; name a folder with room that can be written")
+
+
+def save_gif(path, frames):
+    """Frames (H, W, 3), 20 a second or as many as fill 4 seconds; the last stays for 3 seconds; it loops."""
+    milliseconds = [max(50, 4000 // len(frames))] * (len(frames) - 1) + [3000] if len(frames) > 1 else 3000
+    save(path, lambda path: imageio.mimsave(path, frames, duration=milliseconds, loop=0))
+
+
+# %% 10. The whole run
+@torch.no_grad()
+def evaluate(process, model, args, digits):
+    """Means over fresh or test data, in bits: K, its standard error, L_null, the exact log likelihood."""
+    parts, dataset = {"heartbeat": 1000, "mnist": 40}.get(args.dataset, 400), args.dataset
+    ts = (draw_t(1000, process.T).to(args.device) for _ in tqdm(range(parts), "bound"))
+    Ks = torch.cat([bound(process, model, draw_data(args, 1000, digits), t) for t in ts])
+    K, error, x_0 = Ks.mean().item(), Ks.std().item() / len(Ks) ** 0.5, draw_data(args, 20_000, digits)
+    L_null = process.prior.log_prob(x_0).sum(dim=1).mean().item() / math.log(2)
+    metrics = {"K": K, "standard error": error, "L_null": L_null, "K - L_null": K - L_null}
+    if dataset == "mnist":
+        return metrics | {"bits per dimension": math.log2(SCALING[dataset][1]) - K / x_0.shape[1]}
+    exact = -math.log(5)
+    if dataset in NOISE:  # by quadrature along the curve
+        (shift, scale), noise = SCALING[dataset], NOISE[dataset]
+        squares = torch.cdist(x_0.cpu() * scale, CURVE[dataset] - shift) ** 2
+        log_p = (squares / (-2 * noise**2)).logsumexp(dim=1) - (
+            2 * math.pi * (noise / scale) ** 2 * 4000
+        ).log()
+        exact = log_p.mean().item()
+    return metrics | {"exact log likelihood": exact / math.log(2)}
+
+
+def main(argv=None):
+    """One run, from options to files; in a notebook main(["--dataset", "mnist"]) stands for a command."""
+    args, checkpoint = parse_options(argv)
+    device, T, dataset, out = args.device, args.num_timesteps, args.dataset, Path(args.output_dir)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    quick = cpu.get("avx512_bf16") or device[:4] == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    precision = "bf16" if dataset == "mnist" and quick else "fp32"  # of the network; the others are small
+    print(f"device: {device}, {precision}, {torch.get_num_threads()} CPU threads")
+    if args.eval_path and (out / "model.pt").exists():
+        fail(f"--output_dir {out}: a training run is there, and stays as it is; name another folder")
+    torch.manual_seed(args.seed)
+    digits, test_digits = load_mnist(args.data_dir) if dataset == "mnist" else (None, None)
+    data = draw_data(args, SHOWN[dataset], test_digits)
+    (N, D), Process = data.shape, Binomial if dataset == "heartbeat" else Gaussian
+    model = Model(args, *((1, D) if dataset == "mnist" else (D, 1)), precision).to(device)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    if not args.eval_path:
+        train(model, Process, args, digits, checkpoint)
+    process = Process(model.betas().detach())
+    noise, frames = process.new_noise(N, D, device=device), {}  # noise is one for all t: the eye can follow
+    grid = torch.cartesian_prod(*[torch.linspace(-2.6, 2.6, 20, device=device)] * 2)  # (400, 2)
+    chain, filled = p_sample_loop(process, model, (args.eval_batch_size, D), args.seed), [(0, data)] * (T + 1)
+    if dataset == "mnist":  # inpainting: the upper half is known
+        known = torch.arange(D, device=device) < D / 2
+        filled = p_sample_loop(process, model, (N, D), args.seed, data, known)
+    for (step, x), (_, y) in tqdm(zip(chain, filled), "sampling", T + 1):
+        if step % max(1, T // 40) == 0 or step in (T // 2, T):
+            x_t = process.sample(process.q_marginal(data, torch.tensor([step - 1])), noise) if step else data
+            panels = [(f"data, step {step} of {T}", x_t, BLUE), (f"samples, step {step}", x[:N], ORANGE)]
+            if D == 2:
+                t = torch.full((len(grid),), max(step - 1, 1), device=device)
+                drift = process.p_reverse(model(grid, t).detach(), grid, t).mean - grid
+                panels.append((f"drift f_mu(x, {max(step, 2)}) - x", torch.cat((grid, drift), dim=1), GREY))
+            frames[step] = draw(panels + [("upper half known", y, ORANGE)] * (dataset == "mnist"))
+    save_gif(out / "process.gif", [*reversed(frames.values()), *frames.values()])
+    still = {"heartbeat": "figure_2.png", "mnist": "inpainting.png"}.get(dataset, "figure_1.png")
+    stills = {still: np.concatenate([frames[step] for step in (0, T // 2, T)])}
+    for name, picture in (stills | {"samples.png": draw([("samples", x[: 5 * N], ORANGE)])}).items():
+        save(out / name, lambda path, picture=picture: imageio.imwrite(path, picture))
+    samples = (x.cpu() * SCALING[dataset][1] + SCALING[dataset][0]).numpy()
+    if dataset == "mnist":  # a grey level stands for the interval above it
+        samples = np.floor(samples).clip(0, 255).astype(np.uint8).reshape(-1, 28, 28)
+    save(out / "samples.npy", lambda path: np.save(path, samples))
+    metrics = evaluate(process, model, args, test_digits)
+    if dataset == "heartbeat":
+        phases = (x[:, None] == BEATS.to(device)).all(dim=2).float().mean(dim=0)  # (5,): exact heartbeats
+        metrics |= {"exact heartbeats": phases.sum().item(), "phases": phases.tolist()}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    facts = {"options": vars(args), "versions": versions, "device": device, "precision": precision}
+    facts |= {"seconds": round(time.perf_counter() - STARTED, 1), "metrics": metrics}
+    name = "sample.json" if args.eval_path else "run.json"
+    save(out / name, lambda path: path.write_text(json.dumps(facts, indent=2)))
+    print(f"{out}:", *sorted(path.name for path in out.iterdir()))
+    print(", ".join(f"{name} {value}" for name, value in metrics.items()), f"({facts['seconds']} s)")
+
+
+if __name__ == "__main__":
+    main()
