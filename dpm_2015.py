@@ -9,10 +9,10 @@ lower bound on log p(data) in bits. Sohl-Dickstein et al. 2015, https://arxiv.or
 
 Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. Pictures count noise steps: 0 is data.
 Deviations: K has a correction (see bound); mu is x sqrt(1 - beta) + z sqrt(beta), as in the released code, as
-with eq. 65 z = 0 is not exact for N(0, I); bumps and first betas are even in log alpha_bar / (1 - alpha_bar).
-Heartbeats: m is 0.2, as the paper's figures need (its table: 0.5); z is added to log-odds; bumps in the read-out.
-Digits: one pathway, dense layers and then convolutions; KL terms weighted by 1 - alpha_bar, for better samples
-at a lower K; betas not learned; no denoising by section 2.5.
+with eq. 65 z = 0 is not exact for N(0, I); bumps and first Gaussian betas even in log signal-to-noise.
+Heartbeats: m is 0.2, as the paper's figures need (its table: 0.5); z adds to log-odds; bumps in read-outs.
+Digits: dense layers, then convolutions of one scale, no choice; KL terms weighted by 1 - alpha_bar, for
+better samples at the cost of K; betas not learned; no denoising by section 2.5.
 """
 
 # %% 1. Imports
@@ -49,6 +49,7 @@ OPTIONS = {  # the defaults for points, heartbeats and digits, help
     "seed": (0, 0, 0, "fixes all that is random"),
 }
 DATASETS = {"swiss_roll": (0, 500), "heart": (0, 500), "heartbeat": (1, 40), "mnist": (2, 20)}
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # data, samples, drift: a colour-blind reader can tell
 
 
 def fail(message):
@@ -73,8 +74,9 @@ def parse_options(argv=None):
     parser = ArgumentParser("dpm_2015.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error, flag, checkpoint, saved = fail, parser.add_argument, None, {}
     flag("--dataset", choices=tuple(DATASETS), help="what to learn [swiss_roll]")
-    for name, (*values, text) in OPTIONS.items():
-        flag(f"--{name}", type=type(values[0]), metavar="N", help=f"{text} {values}")
+    for name, (points, beats, digits, text) in OPTIONS.items():
+        text += f" [points {points}, heartbeats {beats}, digits {digits}]"
+        flag(f"--{name}", type=type(points), metavar="N", help=text)
     one = parser.add_mutually_exclusive_group().add_argument
     one("--eval_path", "--checkpoint", metavar="FILE", help="a model.pt to sample from instead of training")
     one("--resume", metavar="FILE", help="a model.pt to train on, up to --num_training_steps, in its folder")
@@ -90,14 +92,12 @@ def parse_options(argv=None):
         except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
             fail(f"--checkpoint or --resume {path}: {type(error).__name__}; give a model.pt of dpm_2015.py")
     args.dataset = args.dataset or saved.get("dataset", "swiss_roll")
-    for name, values in OPTIONS.items():
-        if (value := getattr(args, name)) is None:
-            value = saved.get(name, values[DATASETS[args.dataset][0]])
-        least = {"num_timesteps": 5, "learning_rate": 1e-12, "seed": 0}.get(name, 1)
+    for (name, values), least in zip(OPTIONS.items(), (5, 1, 1, 1, 1e-12, 1, 0)):
+        if getattr(args, name) is None:
+            setattr(args, name, saved.get(name, values[DATASETS[args.dataset][0]]))
         most = 2**63 - 1 if name == "seed" else 10**7
-        if not least <= value <= most:
-            fail(f"--{name} {value}: give a number from {least} to {most}")
-        setattr(args, name, value)
+        if not least <= getattr(args, name) <= most:
+            fail(f"--{name} {getattr(args, name)}: give a number from {least} to {most}")
     for name in ("dataset", "num_timesteps", "hidden_size"):
         if saved and getattr(args, name) != saved[name]:
             fail(f"--{name} {getattr(args, name)}: {path} has {saved[name]}; leave the flag out")
@@ -202,18 +202,16 @@ def bound(process, model, x_0, t, noise=None):
     """K in bits (B,) of x_0 (B, D), estimated without bias from one t (B,) in 1..T-1 and one x_t for each.
 
     K = E_q log p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) <= log p(x_0). T - 1 KL terms, of which t picks one:
-    the last step back has none, since p(x_0 | x_1) is fixed: the forward kernel (eq. 44). The correction is
-    for that step and the prior; its mean is 0 for data with the prior's moments, as eq. 14 takes for granted;
-    without it eq. 14 is no bound for others.
+    the last step back has none, since p(x_0 | x_1) is fixed: the forward kernel (eq. 44). The correction
+    makes it a bound for any data; its mean is 0 if the data share the prior's moments, as eq. 14 presumes.
     """
     (B, D), T, prior = x_0.shape, process.T, process.prior
     noise = process.new_noise(B, D, device=x_0.device) if noise is None else noise
     x_t = process.sample(process.q_marginal(x_0, t), noise)
     p = process.p_reverse(model(x_t, t), x_t, t)
     kl = kl_divergence(process.q_posterior(x_0, x_t, t), p).sum(dim=1)  # (B,), nats
-    H_start = process.q_marginal(x_0, 0 * t).entropy().expand(B, D).sum(dim=1)  # the paper's H_q(X^1 | X^0)
-    H_end = process.q_marginal(x_0, 0 * t + T - 1).entropy().expand(B, D).sum(dim=1)  # H_q(X^T | X^0)
-    H_prior = D * prior.entropy()  # H_p(X^T)
+    H_start, H_end = (process.q_marginal(x_0, 0 * t + k).entropy().sum(dim=1) for k in (0, T - 1))
+    H_prior = D * prior.entropy()  # H_p(X^T); H_start is H_q(X^1 | X^0), H_end is H_q(X^T | X^0)
     correction = (process.betas[0] + process.alpha_bars[-1]) * (prior.log_prob(x_0).sum(dim=1) + H_prior)
     return (H_end - H_start - H_prior - (T - 1) * kl + correction) / math.log(2)
 
@@ -234,10 +232,10 @@ class Model(nn.Module):
         else:  # K <= -H_start, so that beta_0, which stays fixed, bounds K
             start = math.log(1 / (1e-4 if points else 1e-5) - 1)
             alpha_bars = torch.linspace(start, -7, T, dtype=torch.float64).sigmoid()
-        if points:  # radial basis units of width s: exp(-|x - c|^2 / 2 s^2) / sum = softmax(x c / s^2 - b)
+        if points:  # radial basis units: exp(-|x - c|^2 / 2 s^2) / sum = softmax((2 x c - |c|^2) / 2 s^2)
             layers = [nn.Linear(C, H), nn.Softmax(dim=1)]
-            nn.init.normal_(layers[0].weight, std=H / 9)  # centres c from N(0, I), s = 3 / sqrt(H)
-            layers[0].bias.data = layers[0].weight.data.square().sum(dim=1) * -4.5 / H
+            w = nn.init.normal_(layers[0].weight.data, std=H / 9)  # centres c from N(0, I), s = 3 / sqrt(H)
+            layers[0].bias.data = -4.5 / H * w.square().sum(dim=1)
         if P > 1:  # dense layers see the whole image; convolutions see the detail, and what those say of it
             layers = [(nn.Linear(n, H), nn.LayerNorm(H), nn.GELU()) for n in (C * P, H, H, H)]
             self.dense = nn.Sequential(*sum(layers, ()), nn.Linear(H, 4 * P))
@@ -277,8 +275,7 @@ def p_sample_loop(process, model, shape, seed, x_known=None, known=None):
             z = torch.cat([model(*part) for part in zip(x.split(500), t.split(500))])
             kernel = process.p_reverse(z * (step > 0), x, t)
         x = process.sample(kernel, process.new_noise(shape, generator=generator, device=device))
-        x = x if known is None else torch.where(known, x_known, x)
-        yield step, x
+        yield step, (x := x if known is None else torch.where(known, x_known, x))
 
 
 # %% 8. Training
@@ -294,7 +291,6 @@ def train(model, Process, args, digits, checkpoint, shape):
 
     def pause():
         if not torch.stack(Ks).isfinite().all():  # model.pt stays as it was
-            bar.close()
             fail(f"--learning_rate {args.learning_rate}: K is not finite before step {len(Ks)}; lower it")
         content = {"dpm_2015.py": vars(args), "model": model.state_dict(), "Ks": torch.stack(Ks)}
         content |= {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}  # for --resume
@@ -304,8 +300,7 @@ def train(model, Process, args, digits, checkpoint, shape):
 
     try:
         for step in (bar := tqdm(range(len(Ks), steps), "training", steps, initial=len(Ks), smoothing=0.05)):
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * min((step + 1) / 100, 1 - step / steps)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 100, 1 - step / steps)
             x_0, process = draw_data(args, args.batch_size, digits), Process(model.betas())
             t = draw_t(len(x_0), process.T).to(args.device)
             K = bound(process, model, x_0, t)  # (B,)
@@ -329,35 +324,33 @@ def train(model, Process, args, digits, checkpoint, shape):
 
 
 # %% 9. Pictures
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # data, samples, drift: a colour-blind reader can tell
-
-
-def draw(panels):
+def draw(panels, dpi=90):
     """uint8 picture (H, W, 3) of panels (title, x, colour): points x (N, 2), arrows (N, 4) from the first two
     numbers along the others, heartbeats (N, 20), one in a row, or digits (N, 784)."""
-    canvas = FigureCanvasAgg(Figure(figsize=(4 * len(panels), 4.35), dpi=90 if len(panels) == 1 else 70))
+    canvas = FigureCanvasAgg(Figure(figsize=(4 * len(panels), 4.35), dpi=dpi))
     canvas.figure.subplots_adjust(0.01, 0.01, 0.99, 0.92, 0.03)
-    for k, (title, x, colour) in enumerate(panels):
-        axes, x = canvas.figure.add_subplot(1, len(panels), k + 1, title=title), x.cpu()
+    for axes, (title, x, colour) in zip(canvas.figure.subplots(1, len(panels), squeeze=False)[0], panels):
         axes.set_axis_off()
+        axes.set_title(title)
         if x.shape[1] <= 4:
             axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8))
-            axes.plot(*x.T[:2], "o", color=colour, markersize=2.5 * (x.shape[1] == 2), markeredgewidth=0)
-            axes.quiver(*x.T, color=colour, width=0.003) if x.shape[1] == 4 else None
-            continue
-        black, white, c = (-0.42, 2.8, 5 if len(x) < 50 else 10) if x.shape[1] == 784 else (0, 1, 0)
-        if c:  # digits in a row; the last row is filled up
-            x = F.pad(x, (0, 0, 0, -len(x) % c)).view(-1, c, 28, 28).transpose(1, 2).flatten(2).flatten(0, 1)
-        axes.imshow(x, cmap="gray", vmin=black, vmax=white, aspect="auto")
+            plot, look = (axes.quiver, {"width": 0.003}) if x.shape[1] == 4 else (axes.scatter, {"s": 3})
+            plot(*x.T.cpu(), color=colour, **look)
+        elif x.shape[1] == 20:
+            axes.imshow(x.cpu(), cmap="gray", vmin=0, vmax=1, aspect="auto")
+        else:  # 5 or 10 digits in a row; the last row is filled up
+            c = 5 if len(x) < 50 else 10
+            x = F.pad(x, (0, 0, 0, -len(x) % c)).view(-1, c, 28, 28).transpose(1, 2).reshape(-1, 28 * c)
+            axes.imshow(x.cpu(), cmap="gray", vmin=-0.42, vmax=2.8, aspect="auto")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save(path, write):
-    """write(another name), then rename: the file is whole, or what it was before."""
+def save(path, write, *parts):
+    """write(another name, *parts), then rename: the file is whole, or what it was before."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary := path.with_name(f".{path.name}"))
+        write(temporary := path.with_name(f".{path.name}"), *parts)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         fail(f"--output_dir {path.parent}: {error}; name a folder with room that can be written")
@@ -382,8 +375,8 @@ def evaluate(process, model, args, digits, samples):
     if dataset == "mnist":
         return metrics | {"bits per dimension": math.log2(SCALING[dataset][1]) - K / x_0.shape[1]}
     if dataset == "heartbeat":
-        phases = (samples[:, None] == BEATS.to(samples)).all(dim=2).float().mean(dim=0)  # (5,), exact ones
-        metrics |= {"exact heartbeats": phases.sum().item(), "in each phase": phases.tolist()}
+        phases = (samples[:, None] == BEATS.to(samples)).all(dim=2).float().mean(dim=0).tolist()  # exact ones
+        metrics |= {"exact heartbeats": sum(phases), "in each phase": phases}
         return metrics | {"exact log likelihood": -math.log2(5)}
     shift, scale = SCALING[dataset]  # points: the mean density of the noise around all places of the curve
     kernels = Normal((CURVE[dataset] - shift) / scale, NOISE[dataset] / scale)
@@ -409,36 +402,35 @@ def main(argv=None):
     model.load_state_dict(checkpoint["model"] if checkpoint else model.state_dict())
     if not args.eval_path:
         train(model, Process, args, digits, checkpoint, data.shape)
-    process, frames, known = Process(model.betas().detach()), {}, torch.arange(D, device=device) < D / 2
+    process, trail, known = Process(model.betas().detach()), {}, torch.arange(D, device=device) < D / 2
     noise = process.new_noise(N, D, device=device)  # one for all t: the eye can follow
     grid = torch.cartesian_prod(*[torch.linspace(-2.6, 2.6, 20, device=device)] * 2)  # (400, 2)
     chain = p_sample_loop(process, model, (args.eval_batch_size, D), args.seed)
     filled = p_sample_loop(process, model, (N, D), args.seed, data, known)
     for (step, x), (_, y) in tqdm(zip(chain, filled), "sampling", T + 1):
-        if step % max(1, T // 40) == 0 or step in (T // 2, T):
+        if step % max(1, T // 20) == 0 or step in (T // 2, T):
             x_t = process.sample(process.q_marginal(data, torch.tensor([step - 1])), noise) if step else data
-            panels = [(f"data, step {step} of {T}", x_t, BLUE), (f"samples, step {step}", x[:N], ORANGE)]
-            panels.append(("first half known", y, ORANGE))
+            trail[step] = [(f"data, step {step} of {T}", x_t, BLUE), (f"samples, step {step}", x[:N], ORANGE)]
             if D == 2:
                 t = torch.full((len(grid),), max(step - 1, 1), device=device)
-                drift = process.p_reverse(model(grid, t).detach(), grid, t).mean - grid
-                panels[2] = (f"drift f_mu(x, {max(step, 2)}) - x", torch.cat((grid, drift), dim=1), GREY)
-            frames[step] = draw(panels)
-    save_gif(out / "process.gif", [*reversed(frames.values()), *frames.values()])
-    stills = np.concatenate([frames[step] for step in (0, T // 2, T)])
-    save(out / "stills.png", lambda path: imageio.imwrite(path, stills))
-    picture = draw([("samples", x[: 5 * N], ORANGE)])
-    save(out / "samples.png", lambda path: imageio.imwrite(path, picture))
+                arrows = process.p_reverse(model(grid, t).detach(), grid, t).mean - grid
+                trail[step] += [(f"drift f_mu(x, {t[0] + 1}) - x", torch.cat((grid, arrows), dim=1), GREY)]
+            else:
+                trail[step] += [("first half known", y, ORANGE)]
+    frames = [draw(panels, dpi=48) for panels in trail.values()]
+    save_gif(out / "process.gif", frames[::-1] + frames)
+    stills = [draw(trail[step], dpi=60) for step in (0, T // 2, T)]
+    save(out / "stills.png", imageio.imwrite, np.concatenate(stills))
+    save(out / "samples.png", imageio.imwrite, draw([("samples", x[: 5 * N], ORANGE)]))
     samples = (x.cpu() * SCALING[dataset][1] + SCALING[dataset][0]).numpy()
     if dataset == "mnist":  # a grey level stands for the interval above it
         samples = np.floor(samples).clip(0, 255).astype(np.uint8).reshape(-1, 28, 28)
-    save(out / "samples.npy", lambda path: np.save(path, samples))
+    save(out / "samples.npy", np.save, samples)
     metrics = evaluate(process, model, args, test_digits, x)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     facts = {"options": vars(args), "versions": versions, "device": device, "precision": precision}
     facts |= {"seconds": round(time.perf_counter() - STARTED, 1), "metrics": metrics}
-    name = "sample.json" if args.eval_path else "run.json"
-    save(out / name, lambda path: path.write_text(json.dumps(facts, indent=2)))
+    save(out / f"{'sample' if args.eval_path else 'run'}.json", Path.write_text, json.dumps(facts, indent=2))
     print(f"{out}:", *sorted(path.name for path in out.iterdir()))
     print(", ".join(f"{name} {value}" for name, value in metrics.items()), f"({facts['seconds']} s)")
 
