@@ -4,10 +4,10 @@ A forward process destroys data in T small steps; a learned reverse process rest
 lower bound on log p(data) in bits. Sohl-Dickstein et al. 2015, https://arxiv.org/abs/1503.03585.
 
     python dpm_2015.py                        swiss roll, 1 minute on 2 CPU cores; --dataset heart is like it
-    python dpm_2015.py --dataset heartbeat    binary sequences, 5 minutes
+    python dpm_2015.py --dataset heartbeat    binary sequences, 6 minutes
     python dpm_2015.py --dataset mnist        digits, 30 minutes; --resume FILE goes on with a stopped run
 
-Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. Pictures count noise steps: 0 is data.
+Index: t = 0..T-1 is the paper's t + 1, so that x_t is its x^{t+1}; but x_0 is always the data, its x^0.
 Deviations: K has a correction (see bound); mu is x sqrt(1 - beta) + z sqrt(beta), as in the released code, as
 with eq. 65 z = 0 is not exact for N(0, I); bumps and first Gaussian betas even in log signal-to-noise.
 Heartbeats: m is 0.2, as the paper's figures need (its table: 0.5); z adds to log-odds; bumps in read-outs.
@@ -201,9 +201,9 @@ def draw_t(B, T):
 def bound(process, model, x_0, t, noise=None):
     """K in bits (B,) of x_0 (B, D), estimated without bias from one t (B,) in 1..T-1 and one x_t for each.
 
-    K = E_q log p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0) <= log p(x_0). T - 1 KL terms, of which t picks one:
-    the last step back has none, since p(x_0 | x_1) is fixed: the forward kernel (eq. 44). The correction
-    makes it a bound for any data; its mean is 0 if the data share the prior's moments, as eq. 14 presumes.
+    In the paper's x^0 (data) to x^T, K = E_q log p(x^0, ..., x^T) / q(x^1, ..., x^T | x^0) <= log p(x^0). It has
+    T - 1 KL terms, of which t picks one: the last step back, p(x^0 | x^1), is fixed, the forward kernel (eq. 44).
+    The correction makes K a bound for any data; its mean is 0 for data with the prior's moments (eq. 14).
     """
     (B, D), T, prior = x_0.shape, process.T, process.prior
     noise = process.new_noise(B, D, device=x_0.device) if noise is None else noise
@@ -265,8 +265,8 @@ class Model(nn.Module):
 # %% 7. Sampling, and posteriors — section 2.5
 @torch.no_grad()
 def p_sample_loop(process, model, shape, seed, x_known=None, known=None):
-    """Yields (T, x_T), ..., (0, x_0), each x (B, D). Inpainting: where known (D,) is true, x stays x_known; r
-    of section 2.5 is a delta function. It is approximate: r acts on every x_t, yet x_0 alone is known."""
+    """Yields (T, x), ..., (0, x): steps of noise left, x (B, D). Inpainting: where known (D,) is true, x stays
+    x_known, as r of section 2.5 is a delta function; approximate, for r acts on every x_t, not on x_0 alone."""
     device, T = process.betas.device, process.T
     generator, kernel, x = torch.Generator(device).manual_seed(seed), process.prior, None
     for step in range(T, -1, -1):
@@ -304,7 +304,7 @@ def train(model, Process, args, digits, checkpoint, shape):
             x_0, process = draw_data(args, args.batch_size, digits), Process(model.betas())
             t = draw_t(len(x_0), process.T).to(args.device)
             K = bound(process, model, x_0, t)  # (B,)
-            weight = process.variances[t] if args.dataset == "mnist" else 1.0  # what digits look like first
+            weight = process.variances[t] if args.dataset == "mnist" else 1.0  # at large t shapes form
             optimizer.zero_grad()
             (-(weight * K).mean() / shape[1]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -365,7 +365,8 @@ def save_gif(path, frames):
 # %% 10. The whole run
 @torch.no_grad()
 def evaluate(process, model, args, digits, samples):
-    """Means over fresh or test data, in bits: K, its standard error, L_null, exact log likelihood; phases."""
+    """Means over fresh or test data, in bits: K, standard error (at most that: t is evenly drawn), L_null (log
+    likelihood of the prior), exact log likelihood; for heartbeats the share of exact ones among the samples."""
     parts, dataset = {"heartbeat": 1000, "mnist": 40}.get(args.dataset, 400), args.dataset
     ts = (draw_t(1000, process.T).to(args.device) for _ in tqdm(range(parts), "bound"))
     Ks = torch.cat([bound(process, model, draw_data(args, 1000, digits), t) for t in ts])
