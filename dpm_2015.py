@@ -201,9 +201,9 @@ def draw_t(B, T):
 def bound(process, model, x_0, t, noise=None):
     """K in bits (B,) of x_0 (B, D), estimated without bias from one t (B,) in 1..T-1 and one x_t for each.
 
-    In the paper's x^0 (data) to x^T, K = E_q log p(x^0, ..., x^T) / q(x^1, ..., x^T | x^0) <= log p(x^0). It has
-    T - 1 KL terms, of which t picks one: the last step back, p(x^0 | x^1), is fixed, the forward kernel (eq. 44).
-    The correction makes K a bound for any data; its mean is 0 for data with the prior's moments (eq. 14).
+    In the paper's x^0 (data) to x^T, K = E_q log p(x^0, ..., x^T) / q(x^1, ..., x^T | x^0) <= log p(x^0). Of
+    its T - 1 KL terms t picks one: the last step back, p(x^0 | x^1), is fixed: the forward kernel (44). The
+    correction makes K a bound for any data; its mean is 0 for data with the prior's moments, as in eq. 14.
     """
     (B, D), T, prior = x_0.shape, process.T, process.prior
     noise = process.new_noise(B, D, device=x_0.device) if noise is None else noise
@@ -265,8 +265,8 @@ class Model(nn.Module):
 # %% 7. Sampling, and posteriors — section 2.5
 @torch.no_grad()
 def p_sample_loop(process, model, shape, seed, x_known=None, known=None):
-    """Yields (T, x), ..., (0, x): steps of noise left, x (B, D). Inpainting: where known (D,) is true, x stays
-    x_known, as r of section 2.5 is a delta function; approximate, for r acts on every x_t, not on x_0 alone."""
+    """Yields (T, x), ..., (0, x): steps of noise left, x (B, D). Where known (D,) is true, x stays x_known:
+    inpainting, where r of section 2.5 is a delta function; approximate, as r acts on all x_t, not only x_0."""
     device, T = process.betas.device, process.T
     generator, kernel, x = torch.Generator(device).manual_seed(seed), process.prior, None
     for step in range(T, -1, -1):
@@ -365,8 +365,8 @@ def save_gif(path, frames):
 # %% 10. The whole run
 @torch.no_grad()
 def evaluate(process, model, args, digits, samples):
-    """Means over fresh or test data, in bits: K, standard error (at most that: t is evenly drawn), L_null (log
-    likelihood of the prior), exact log likelihood; for heartbeats the share of exact ones among the samples."""
+    """Means over fresh or test data, in bits: K, standard error (at most that: t is even), L_null (log
+    likelihood of the prior), exact log likelihood; for heartbeats the share of exact ones in samples."""
     parts, dataset = {"heartbeat": 1000, "mnist": 40}.get(args.dataset, 400), args.dataset
     ts = (draw_t(1000, process.T).to(args.device) for _ in tqdm(range(parts), "bound"))
     Ks = torch.cat([bound(process, model, draw_data(args, 1000, digits), t) for t in ts])
