@@ -266,7 +266,7 @@ class Model(nn.Module):
 @torch.no_grad()
 def p_sample_loop(process, model, shape, seed, x_known=None, known=None):
     """Yields (T, x), ..., (0, x): steps of noise left, x (B, D). Where known (D,) is true, x stays x_known:
-    inpainting, where r of section 2.5 is a delta function; approximate, as r acts on all x_t, not only x_0."""
+    inpainting, r of section 2.5 a delta function; approximate, as r acts on all x_t, not only x_0."""
     device, T = process.betas.device, process.T
     generator, kernel, x = torch.Generator(device).manual_seed(seed), process.prior, None
     for step in range(T, -1, -1):
