@@ -335,13 +335,13 @@ def draw(panels, dpi=90):
         if x.shape[1] <= 4:
             axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8))
             plot, look = (axes.quiver, {"width": 0.003}) if x.shape[1] == 4 else (axes.scatter, {"s": 3})
-            plot(*x.T.cpu(), color=colour, **look)
+            plot(*x.T.cpu().numpy(), color=colour, **look)
         elif x.shape[1] == 20:
-            axes.imshow(x.cpu(), cmap="gray", vmin=0, vmax=1, aspect="auto")
+            axes.imshow(x.cpu().numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto")
         else:  # 5 or 10 digits in a row; the last row is filled up
             c = 5 if len(x) < 50 else 10
             x = F.pad(x, (0, 0, 0, -len(x) % c)).view(-1, c, 28, 28).transpose(1, 2).reshape(-1, 28 * c)
-            axes.imshow(x.cpu(), cmap="gray", vmin=-0.42, vmax=2.8, aspect="auto")
+            axes.imshow(x.cpu().numpy(), cmap="gray", vmin=-0.42, vmax=2.8, aspect="auto")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
