@@ -3,7 +3,7 @@
 A forward process destroys data in T small steps; a learned reverse process restores them, trained on K, a
 lower bound on log p(data) in bits. Sohl-Dickstein et al. 2015, https://arxiv.org/abs/1503.03585.
 
-    python dpm_2015.py                        swiss roll, 1 minute on 2 CPU cores; --dataset heart is like it
+    python dpm_2015.py                        swiss roll, 80 seconds on 2 CPU cores; heart: the same
     python dpm_2015.py --dataset heartbeat    binary sequences, 6 minutes
     python dpm_2015.py --dataset mnist        digits, 30 minutes; --resume FILE goes on with a stopped run
 
@@ -47,7 +47,7 @@ OPTIONS = {  # the defaults for points, heartbeats and digits, help
     "learning_rate": (3e-2, 1e-2, 2e-3, "of Adam at its highest; it rises in 100 steps, then falls to 0"),
     "eval_batch_size": (10_000, 1000, 1000, "samples to draw"),
     "seed": (0, 0, 0, "fixes all that is random"),
-}
+}  # next: which of the three defaults, and how many examples a picture shows
 DATASETS = {"swiss_roll": (0, 500), "heart": (0, 500), "heartbeat": (1, 40), "mnist": (2, 20)}
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # data, samples, drift: a colour-blind reader can tell
 
@@ -151,9 +151,9 @@ def draw_data(args, n, digits=None):
 class Gaussian:
     """Gaussian diffusion, prior N(0, I). The betas (T,) may be learned: all is differentiable in them."""
 
-    new_noise = staticmethod(torch.randn)  # N(0, I)
+    new_noise = staticmethod(torch.randn)  # N(0, I); frozen in sample, so that gradients reach the betas
     prior = property(lambda self: Normal(torch.zeros_like(self.betas[0]), 1.0))
-    sample = staticmethod(lambda kernel, noise: kernel.mean + kernel.stddev * noise)  # frozen noise
+    sample = staticmethod(lambda kernel, noise: kernel.mean + kernel.stddev * noise)
 
     def __init__(self, betas):
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # alpha_bar, as DDPM calls the product of 1 - beta
@@ -177,7 +177,7 @@ class Gaussian:
 class Binomial(Gaussian):
     """Binomial diffusion, prior Bernoulli(m): with probability beta a bit is drawn anew from the prior."""
 
-    new_noise, m = staticmethod(torch.rand), 0.2  # uniform in [0, 1); the mean activity of heartbeats
+    new_noise, m = staticmethod(torch.rand), 0.2  # uniform in [0, 1); m: mean activity of heartbeats
     prior = property(lambda self: Bernoulli(torch.full_like(self.betas[0], self.m)))
     sample = staticmethod(lambda kernel, noise: (noise < kernel.probs).to(noise.dtype))
 
@@ -304,7 +304,7 @@ def train(model, Process, args, digits, checkpoint, shape):
             x_0, process = draw_data(args, args.batch_size, digits), Process(model.betas())
             t = draw_t(len(x_0), process.T).to(args.device)
             K = bound(process, model, x_0, t)  # (B,)
-            weight = process.variances[t] if args.dataset == "mnist" else 1.0  # at large t shapes form
+            weight = process.variances[t] if args.dataset == "mnist" else 1.0  # more for large t: shapes
             optimizer.zero_grad()
             (-(weight * K).mean() / shape[1]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
