@@ -9,17 +9,15 @@ lower bound on log p(data) in bits. Sohl-Dickstein et al. 2015, https://arxiv.or
 
 Index: t = 0..T-1 is the paper's t + 1, so that x_t is its x^{t+1}; but x_0 is always the data, its x^0.
 Deviations: K has a correction (see bound); mu is x sqrt(1 - beta) + z sqrt(beta), as in the released code, as
-with eq. 65 z = 0 is not exact for N(0, I); bumps and first Gaussian betas even in log signal-to-noise.
+eq. 65 is not exact at z = 0; bumps and first Gaussian betas even in log signal-to-noise; no denoising (2.5).
 Heartbeats: m is 0.2, as the paper's figures need (its table: 0.5); z adds to log-odds; bumps in read-outs.
-Digits: dense layers, then convolutions of one scale, no choice; KL terms weighted by 1 - alpha_bar, for
-better samples at the cost of K; betas not learned; no denoising by section 2.5.
+Digits: one pathway, one scale; KL terms weighted by 1 - alpha_bar (K worse, samples better); betas fixed.
 """
 
 # %% 1. Imports
 import time
 
 STARTED = time.perf_counter()  # before the imports: a user waits for them as well
-
 import json
 import math
 import sys
@@ -29,14 +27,11 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
-
-Distribution.set_default_validate_args(False)  # to check values is to wait for the device
 
 # %% 2. Options
 OPTIONS = {  # the defaults for points, heartbeats and digits, help
@@ -48,7 +43,8 @@ OPTIONS = {  # the defaults for points, heartbeats and digits, help
     "eval_batch_size": (10_000, 1000, 1000, "samples to draw"),
     "seed": (0, 0, 0, "fixes all that is random"),
 }  # next: which of the three defaults, and how many examples a picture shows
-DATASETS = {"swiss_roll": (0, 500), "heart": (0, 500), "heartbeat": (1, 40), "mnist": (2, 20)}
+DATASETS = {"swiss_roll": (0, 500), "heart": (0, 500), "heartbeat": (1, 40), "mnist": (2, 25)}
+Distribution.set_default_validate_args(False)  # to check values is to wait for the device
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # data, samples, drift: a colour-blind reader can tell
 
 
@@ -58,39 +54,30 @@ def fail(message):
     sys.exit(2)
 
 
-def pick_device(name):
-    """The name of the device to use, the quickest one for auto; one that is missing is an error."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    try:
-        name = here[0] if name == "auto" else name
-        torch.zeros(1, device=name if torch.device(name).type in here else "missing")  # cuda:7 fails here
-        return name
-    except RuntimeError:
-        fail(f"--device {name}: not on this machine or not in this build of torch; here: {', '.join(here)}")
-
-
 def parse_options(argv=None):
     """The options, complete, and the content of the file that --checkpoint or --resume names, or None."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     parser = ArgumentParser("dpm_2015.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error, flag, checkpoint, saved = fail, parser.add_argument, None, {}
+    parser.error, flag = fail, parser.add_argument
     flag("--dataset", choices=tuple(DATASETS), help="what to learn [swiss_roll]")
-    for name, (points, beats, digits, text) in OPTIONS.items():
-        text += f" [points {points}, heartbeats {beats}, digits {digits}]"
-        flag(f"--{name}", type=type(points), metavar="N", help=text)
-    one = parser.add_mutually_exclusive_group().add_argument
-    one("--eval_path", "--checkpoint", metavar="FILE", help="a model.pt to sample from instead of training")
-    one("--resume", metavar="FILE", help="a model.pt to train on, up to --num_training_steps, in its folder")
+    for name, (a, b, c, text) in OPTIONS.items():
+        flag(f"--{name}", type=type(a), metavar="N", help=f"{text} [points {a}, heartbeats {b}, digits {c}]")
+    flag("--eval_path", "--checkpoint", metavar="FILE", help="a model.pt to sample from instead of training")
+    flag("--resume", metavar="FILE", help="a model.pt to train on, up to --num_training_steps, in its folder")
     flag("--output_dir", metavar="DIR", help="[outputs/dpm_2015_DATASET; with --checkpoint …_samples]")
     flag("--data_dir", metavar="DIR", default="data", help="holds MNIST/raw, or will after a download [data]")
-    flag("--device", default="auto", help="cuda, mps or cpu [the first of these that is there]")
+    flag("--device", default=here[0], help="cuda, mps or cpu [the first of these that is there]")
     args = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)  # notebook: none
-    args.device, path = pick_device(args.device), args.eval_path or args.resume
-    if path:
-        try:
-            checkpoint = torch.load(path, args.device, weights_only=True)  # runs no code from it
-            saved = {name: checkpoint["dpm_2015.py"][name] for name in ("dataset", *OPTIONS)}
-        except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
-            fail(f"--checkpoint or --resume {path}: {type(error).__name__}; give a model.pt of dpm_2015.py")
+    try:
+        torch.zeros(1, device=args.device if args.device.split(":")[0] in here else "missing")
+    except RuntimeError:  # the name is unknown, or there is no cuda:7
+        fail(f"--device {args.device}: not on this machine or not in this build of torch; here: {here}")
+    path = args.eval_path or args.resume
+    try:
+        checkpoint = torch.load(path, args.device, weights_only=True) if path else None  # runs no code of it
+        saved = {name: checkpoint["dpm_2015.py"][name] for name in ("dataset", *OPTIONS)} if path else {}
+    except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
+        fail(f"--checkpoint or --resume {path}: {type(error).__name__}; give a model.pt of dpm_2015.py")
     args.dataset = args.dataset or saved.get("dataset", "swiss_roll")
     for (name, values), least in zip(OPTIONS.items(), (5, 1, 1, 1, 1e-12, 1, 0)):
         if getattr(args, name) is None:
@@ -107,19 +94,12 @@ def parse_options(argv=None):
 
 
 # %% 3. Data — standardised: mean 0 and, on average, variance 1, the moments of the prior N(0, I); bits stay
-def curve(dataset, v):
-    """Points (N, 2) of the heart, or of the swiss roll, at parameters v (N,) in [0, 1)."""
-    if dataset == "heart":
-        u = 2 * math.pi * v
-        y = 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos()
-        return torch.stack((16 * u.sin() ** 3, y), dim=1) / 5
-    u = 1.5 * math.pi * (1 + 2 * v)
-    return torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10
-
-
-BEATS = (torch.arange(20) % 5 == torch.arange(5)[:, None]).float()  # (5, 20): a pulse in every fifth bin
+u = 2 * math.pi * (torch.arange(4000) + 0.5) / 4000  # (4000,): places on the curves, as drawn from
+v = 1.5 * (math.pi + u)
+heart = torch.complex(16 * u.sin() ** 3, 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos())
+CURVE = {"heart": torch.view_as_real(heart / 5), "swiss_roll": torch.view_as_real(torch.polar(v / 10, v))}
 NOISE = {"swiss_roll": 0.025, "heart": 0.05}  # of points; without noise a curve has no density
-CURVE = {name: curve(name, (torch.arange(4000) + 0.5) / 4000) for name in NOISE}  # (4000, 2), evenly in v
+BEATS = (torch.arange(20) % 5 == torch.arange(5)[:, None]).float()  # (5, 20): a pulse in every fifth bin
 SCALING = {"heartbeat": (0.0, 1.0), "mnist": (33.82, 78.57)}  # shift and scale; of digits in grey levels
 SCALING |= {n: (x.mean(dim=0), (x.var(dim=0).mean() + NOISE[n] ** 2).sqrt()) for n, x in CURVE.items()}
 
@@ -135,14 +115,13 @@ def load_mnist(data_dir):
         fail(f"{why}; put its 4 files into {Path(data_dir, 'MNIST/raw')}, or see pytorch.org on torchvision")
 
 
-def draw_data(args, n, digits=None):
-    """n fresh examples (n, D) of the dataset, standardised; MNIST draws from digits (N, 784)."""
+def draw_data(args, n, rows):
+    """n fresh examples (n, D), standardised: rows (N, D) of CURVE, BEATS or MNIST at random, with noise."""
+    x = rows[torch.randint(len(rows), (n,))]
     if args.dataset in NOISE:
-        x = curve(args.dataset, torch.rand(n)) + NOISE[args.dataset] * torch.randn(n, 2)
-    elif args.dataset == "heartbeat":
-        x = BEATS[torch.randint(5, (n,))]
-    else:  # a grey level becomes an interval: whole numbers have no density
-        x = digits[torch.randint(len(digits), (n,))] + torch.rand(n, digits.shape[1])
+        x = x + NOISE[args.dataset] * torch.randn(n, 2)
+    elif args.dataset == "mnist":  # a grey level becomes an interval: whole numbers have no density
+        x = x + torch.rand(x.shape)
     shift, scale = SCALING[args.dataset]
     return ((x - shift) / scale).to(args.device)
 
@@ -151,9 +130,8 @@ def draw_data(args, n, digits=None):
 class Gaussian:
     """Gaussian diffusion, prior N(0, I). The betas (T,) may be learned: all is differentiable in them."""
 
-    new_noise = staticmethod(torch.randn)  # N(0, I); frozen in sample, so that gradients reach the betas
-    prior = property(lambda self: Normal(torch.zeros_like(self.betas[0]), 1.0))
-    sample = staticmethod(lambda kernel, noise: kernel.mean + kernel.stddev * noise)
+    prior, new_noise = property(lambda self: Normal(0 * self.betas[0], 1.0)), staticmethod(torch.randn)
+    sample = staticmethod(lambda kernel, noise: kernel.mean + kernel.stddev * noise)  # gradients reach betas
 
     def __init__(self, betas):
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # alpha_bar, as DDPM calls the product of 1 - beta
@@ -193,19 +171,16 @@ class Binomial(Gaussian):
 
 
 # %% 5. The bound — eq. 13 and 14
-def draw_t(B, T):
-    """t (B,) in 1..T-1, each as likely as any other, but evenly spread over a batch: K is less noisy."""
-    return 1 + (torch.randperm(B) * (T - 1) // B + torch.randint(T - 1, (1,))) % (T - 1)
-
-
-def bound(process, model, x_0, t, noise=None):
-    """K in bits (B,) of x_0 (B, D), estimated without bias from one t (B,) in 1..T-1 and one x_t for each.
+def bound(process, model, x_0, t=None, noise=None):
+    """K in bits (B,) of x_0 (B, D), an estimate without bias from one x_t for each, and its t (B,) in 1..T-1.
 
     In the paper's x^0 (data) to x^T, K = E_q log p(x^0, ..., x^T) / q(x^1, ..., x^T | x^0) <= log p(x^0). Of
     its T - 1 KL terms t picks one: the last step back, p(x^0 | x^1), is fixed: the forward kernel (44). The
     correction makes K a bound for any data; its mean is 0 for data with the prior's moments, as in eq. 14.
     """
     (B, D), T, prior = x_0.shape, process.T, process.prior
+    if t is None:  # each t is as likely as any other, but a batch has them evenly spread: K is less noisy
+        t = 1 + (torch.randperm(B) * (T - 1) // B + torch.randint(T - 1, (1,))).to(x_0.device) % (T - 1)
     noise = process.new_noise(B, D, device=x_0.device) if noise is None else noise
     x_t = process.sample(process.q_marginal(x_0, t), noise)
     p = process.p_reverse(model(x_t, t), x_t, t)
@@ -213,7 +188,7 @@ def bound(process, model, x_0, t, noise=None):
     H_start, H_end = (process.q_marginal(x_0, 0 * t + k).entropy().sum(dim=1) for k in (0, T - 1))
     H_prior = D * prior.entropy()  # H_p(X^T); H_start is H_q(X^1 | X^0), H_end is H_q(X^T | X^0)
     correction = (process.betas[0] + process.alpha_bars[-1]) * (prior.log_prob(x_0).sum(dim=1) + H_prior)
-    return (H_end - H_start - H_prior - (T - 1) * kl + correction) / math.log(2)
+    return (H_end - H_start - H_prior - (T - 1) * kl + correction) / math.log(2), t
 
 
 # %% 6. Network — t enters at the read-out alone
@@ -229,8 +204,8 @@ class Model(nn.Module):
             layers = [part for n in (C, H, H) for part in (nn.Linear(n, H), nn.Sigmoid())]
             for layer in layers[::2]:
                 layer.weight.data *= 4  # from small weights, sigmoids would hardly tell inputs apart
-        else:  # K <= -H_start, so that beta_0, which stays fixed, bounds K
-            start = math.log(1 / (1e-4 if points else 1e-5) - 1)
+        else:  # beta_0, 1e-4 or 1e-5, stays fixed, as it bounds K: K <= -H_start
+            start = math.log(9999 if points else 99_999)
             alpha_bars = torch.linspace(start, -7, T, dtype=torch.float64).sigmoid()
         if points:  # radial basis units: exp(-|x - c|^2 / 2 s^2) / sum = softmax((2 x c - |c|^2) / 2 s^2)
             layers = [nn.Linear(C, H), nn.Softmax(dim=1)]
@@ -242,7 +217,7 @@ class Model(nn.Module):
             layers = [(nn.Conv2d(n, 16, 3, padding=1), nn.LeakyReLU(0.05)) for n in (C + 4, 16)]
             layers, units = [nn.Unflatten(1, (C + 4, math.isqrt(P), math.isqrt(P))), *sum(layers, ())], 16
         self.body = nn.Sequential(*layers, nn.Flatten(2) if P > 1 else nn.Unflatten(1, (H, 1)))
-        betas = 1 - alpha_bars / F.pad(alpha_bars[:-1], (1, 0), value=1.0)
+        betas = 1 - alpha_bars / torch.cat((torch.ones(1), alpha_bars[:-1]))
         self.register_buffer("beta_0", betas[:1].float())
         self.logit_betas = nn.Parameter(betas[1:].logit().float(), requires_grad=points)  # points learn them
         log_snr = alpha_bars.logit().clamp(min=-8)  # log alpha_bar / (1 - alpha_bar); the last may be -inf
@@ -267,19 +242,20 @@ class Model(nn.Module):
 def p_sample_loop(process, model, shape, seed, x_known=None, known=None):
     """Yields (T, x), ..., (0, x): steps of noise left, x (B, D). Where known (D,) is true, x stays x_known:
     inpainting, r of section 2.5 a delta function; approximate, as r acts on all x_t, not only x_0."""
-    device, T = process.betas.device, process.T
-    generator, kernel, x = torch.Generator(device).manual_seed(seed), process.prior, None
-    for step in range(T, -1, -1):
-        if step < T:  # z in parts that caches can hold; the last step back is the forward kernel, eq. 44
-            t = torch.full(shape[:1], step, device=device)
+    generator, kernel, x = torch.Generator(process.betas.device).manual_seed(seed), process.prior, None
+    for step in range(process.T, -1, -1):
+        if (
+            step < process.T
+        ):  # z in parts that caches can hold; the last step back is the forward kernel, eq. 44
+            t = torch.full(shape[:1], step, device=generator.device)
             z = torch.cat([model(*part) for part in zip(x.split(500), t.split(500))])
             kernel = process.p_reverse(z * (step > 0), x, t)
-        x = process.sample(kernel, process.new_noise(shape, generator=generator, device=device))
+        x = process.sample(kernel, process.new_noise(shape, generator=generator, device=generator.device))
         yield step, (x := x if known is None else torch.where(known, x_known, x))
 
 
 # %% 8. Training
-def train(model, Process, args, digits, checkpoint, shape):
+def train(model, Process, args, rows, checkpoint, shape):
     """Ascends K with Adam, to the end or to Ctrl-C; writes model.pt, training.gif and loss.png."""
     Ks, frames, out, steps = [], [], Path(args.output_dir), args.num_training_steps
     optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
@@ -301,9 +277,7 @@ def train(model, Process, args, digits, checkpoint, shape):
     try:
         for step in (bar := tqdm(range(len(Ks), steps), "training", steps, initial=len(Ks), smoothing=0.05)):
             optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 100, 1 - step / steps)
-            x_0, process = draw_data(args, args.batch_size, digits), Process(model.betas())
-            t = draw_t(len(x_0), process.T).to(args.device)
-            K = bound(process, model, x_0, t)  # (B,)
+            K, t = bound(process := Process(model.betas()), model, draw_data(args, args.batch_size, rows))
             weight = process.variances[t] if args.dataset == "mnist" else 1.0  # more for large t: shapes
             optimizer.zero_grad()
             (-(weight * K).mean() / shape[1]).backward()
@@ -317,7 +291,7 @@ def train(model, Process, args, digits, checkpoint, shape):
     except KeyboardInterrupt:
         tqdm.write("training ended early; next come the samples") if Ks else sys.exit(130)
     pause()
-    save_gif(out / "training.gif", frames)
+    save(out / "training.gif", imageio.mimsave, frames + frames[-1:] * 12, duration=250, loop=0)
     axes = Figure(layout="constrained").add_subplot(xlabel="training step", ylabel="K in bits")
     axes.plot(torch.stack(Ks).cpu(), ".", color=BLUE, markersize=1)
     save(out / "loss.png", axes.figure.savefig)
@@ -325,62 +299,49 @@ def train(model, Process, args, digits, checkpoint, shape):
 
 # %% 9. Pictures
 def draw(panels, dpi=90):
-    """uint8 picture (H, W, 3) of panels (title, x, colour): points x (N, 2), arrows (N, 4) from the first two
-    numbers along the others, heartbeats (N, 20), one in a row, or digits (N, 784)."""
+    """Picture (H, W, 3) of panels (title, x (N, D), colour): D = 2 points, 4 arrows, 20 beats, 784 digits."""
     canvas = FigureCanvasAgg(Figure(figsize=(4 * len(panels), 4.35), dpi=dpi))
     canvas.figure.subplots_adjust(0.01, 0.01, 0.99, 0.92, 0.03)
     for axes, (title, x, colour) in zip(canvas.figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        axes.set_axis_off()
-        axes.set_title(title)
+        axes.set(title=title, frame_on=False, xticks=(), yticks=())
         if x.shape[1] <= 4:
             axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8))
             plot, look = (axes.quiver, {"width": 0.003}) if x.shape[1] == 4 else (axes.scatter, {"s": 3})
             plot(*x.T.cpu().numpy(), color=colour, **look)
-        elif x.shape[1] == 20:
-            axes.imshow(x.cpu().numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto")
-        else:  # 5 or 10 digits in a row; the last row is filled up
-            c = 5 if len(x) < 50 else 10
-            x = F.pad(x, (0, 0, 0, -len(x) % c)).view(-1, c, 28, 28).transpose(1, 2).reshape(-1, 28 * c)
-            axes.imshow(x.cpu().numpy(), cmap="gray", vmin=-0.42, vmax=2.8, aspect="auto")
+        else:
+            n = math.isqrt(len(x)) if x.shape[1] == 784 else 0
+            x = x[: n * n].view(n, n, 28, 28).transpose(1, 2).reshape(28 * n, 28 * n) if n else x
+            axes.imshow(x.clamp(-0.42, 2.8).cpu().numpy(), cmap="gray", aspect="auto")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save(path, write, *parts):
-    """write(another name, *parts), then rename: the file is whole, or what it was before."""
+def save(path, write, *parts, **options):
+    """write(another name, *parts, **options), then rename: the file is whole, or what it was before."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary := path.with_name(f".{path.name}"), *parts)
+        write(temporary := path.with_name(f".{path.name}"), *parts, **options)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         fail(f"--output_dir {path.parent}: {error}; name a folder with room that can be written")
 
 
-def save_gif(path, frames):
-    """Frames (H, W, 3), 20 a second or as many as fill 4 seconds; the last stays for 3 seconds; it loops."""
-    milliseconds = [max(50, 4000 // len(frames))] * (len(frames) - 1) + [3000] if len(frames) > 1 else 3000
-    save(path, lambda path: imageio.mimsave(path, frames, duration=milliseconds, loop=0))
-
-
 # %% 10. The whole run
 @torch.no_grad()
-def evaluate(process, model, args, digits, samples):
-    """Means over fresh or test data, in bits: K, standard error (at most that: t is even), L_null (log
-    likelihood of the prior), exact log likelihood; for heartbeats the share of exact ones in samples."""
-    parts, dataset = {"heartbeat": 1000, "mnist": 40}.get(args.dataset, 400), args.dataset
-    ts = (draw_t(1000, process.T).to(args.device) for _ in tqdm(range(parts), "bound"))
-    Ks = torch.cat([bound(process, model, draw_data(args, 1000, digits), t) for t in ts])
-    K, error, x_0 = Ks.mean().item(), Ks.std().item() / len(Ks) ** 0.5, draw_data(args, 10_000, digits)
+def evaluate(process, model, args, rows, samples):
+    """Means over fresh or test data, in bits: K, its standard error (at most: t is even), L_null and more."""
+    parts, (shift, scale) = {"heartbeat": 1000, "mnist": 40}.get(args.dataset, 400), SCALING[args.dataset]
+    xs = (draw_data(args, 1000, rows) for _ in tqdm(range(parts), "bound"))
+    Ks = torch.cat([bound(process, model, x_0)[0] for x_0 in xs])  # (1000 parts,)
+    K, error, x_0 = Ks.mean().item(), Ks.std().item() / len(Ks) ** 0.5, draw_data(args, 10_000, rows)
     L_null = process.prior.log_prob(x_0).sum(dim=1).mean().item() / math.log(2)
     metrics = {"K": K, "standard error": error, "L_null": L_null, "K - L_null": K - L_null}
-    if dataset == "mnist":
-        return metrics | {"bits per dimension": math.log2(SCALING[dataset][1]) - K / x_0.shape[1]}
-    if dataset == "heartbeat":
+    if args.dataset == "mnist":
+        return metrics | {"bits per dimension": math.log2(scale) - K / x_0.shape[1]}
+    if args.dataset == "heartbeat":
         phases = (samples[:, None] == BEATS.to(samples)).all(dim=2).float().mean(dim=0).tolist()  # exact ones
-        metrics |= {"exact heartbeats": sum(phases), "in each phase": phases}
-        return metrics | {"exact log likelihood": -math.log2(5)}
-    shift, scale = SCALING[dataset]  # points: the mean density of the noise around all places of the curve
-    kernels = Normal((CURVE[dataset] - shift) / scale, NOISE[dataset] / scale)
+        return metrics | {"exact log likelihood": -math.log2(5), "exact": sum(phases), "each phase": phases}
+    kernels = Normal((CURVE[args.dataset] - shift) / scale, NOISE[args.dataset] / scale)  # one for each place
     log_p = kernels.log_prob(x_0[:4000, None].cpu()).sum(dim=2).logsumexp(dim=1) - math.log(4000)
     return metrics | {"exact log likelihood": log_p.mean().item() / math.log(2)}
 
@@ -396,38 +357,36 @@ def main(argv=None):
     if args.eval_path and (out / "model.pt").exists():
         fail(f"--output_dir {out}: a training run is there, and stays as it is; name another folder")
     torch.manual_seed(args.seed)
-    digits, test_digits = load_mnist(args.data_dir) if dataset == "mnist" else (None, None)
-    data = draw_data(args, DATASETS[dataset][1], test_digits)
+    rows, test_rows = load_mnist(args.data_dir) if dataset == "mnist" else [CURVE.get(dataset, BEATS)] * 2
+    data = draw_data(args, DATASETS[dataset][1], test_rows)
     (N, D), Process = data.shape, Binomial if dataset == "heartbeat" else Gaussian
     model = Model(args, *((1, D) if dataset == "mnist" else (D, 1)), precision).to(device)
     model.load_state_dict(checkpoint["model"] if checkpoint else model.state_dict())
     if not args.eval_path:
-        train(model, Process, args, digits, checkpoint, data.shape)
-    process, trail, known = Process(model.betas().detach()), {}, torch.arange(D, device=device) < D / 2
+        train(model, Process, args, rows, checkpoint, data.shape)
+    process, frames, known = Process(model.betas().detach()), [], torch.arange(D, device=device) < D / 2
     noise = process.new_noise(N, D, device=device)  # one for all t: the eye can follow
     grid = torch.cartesian_prod(*[torch.linspace(-2.6, 2.6, 20, device=device)] * 2)  # (400, 2)
     chain = p_sample_loop(process, model, (args.eval_batch_size, D), args.seed)
     filled = p_sample_loop(process, model, (N, D), args.seed, data, known)
     for (step, x), (_, y) in tqdm(zip(chain, filled), "sampling", T + 1):
-        if step % max(1, T // 20) == 0 or step in (T // 2, T):
+        if step % max(1, T // 20) == 0 or step == T:
             x_t = process.sample(process.q_marginal(data, torch.tensor([step - 1])), noise) if step else data
-            trail[step] = [(f"data, step {step} of {T}", x_t, BLUE), (f"samples, step {step}", x[:N], ORANGE)]
+            panels = [(f"data, step {step} of {T}", x_t, BLUE), (f"samples, step {step}", x[:N], ORANGE)]
+            panels += [("first half known", y, ORANGE)]
             if D == 2:
                 t = torch.full((len(grid),), max(step - 1, 1), device=device)
                 arrows = process.p_reverse(model(grid, t).detach(), grid, t).mean - grid
-                trail[step] += [(f"drift f_mu(x, {t[0] + 1}) - x", torch.cat((grid, arrows), dim=1), GREY)]
-            else:
-                trail[step] += [("first half known", y, ORANGE)]
-    frames = [draw(panels, dpi=48) for panels in trail.values()]
-    save_gif(out / "process.gif", frames[::-1] + frames)
-    stills = [draw(trail[step], dpi=60) for step in (0, T // 2, T)]
-    save(out / "stills.png", imageio.imwrite, np.concatenate(stills))
-    save(out / "samples.png", imageio.imwrite, draw([("samples", x[: 5 * N], ORANGE)]))
+                panels += [(f"drift f_mu(x, {t[0] + 1}) - x", torch.cat((grid, arrows), dim=1), GREY)]
+            frames.append(draw(panels, dpi=60))
+    save(out / "process.gif", imageio.mimsave, frames[::-1] + frames + frames[-1:] * 30, duration=100, loop=0)
+    save(out / "stills.png", imageio.imwrite, np.vstack([frames[k] for k in (-1, len(frames) // 2, 0)]))
+    save(out / "samples.png", imageio.imwrite, draw([("samples", x[: 4 * N], ORANGE)]))
     samples = (x.cpu() * SCALING[dataset][1] + SCALING[dataset][0]).numpy()
     if dataset == "mnist":  # a grey level stands for the interval above it
         samples = np.floor(samples).clip(0, 255).astype(np.uint8).reshape(-1, 28, 28)
     save(out / "samples.npy", np.save, samples)
-    metrics = evaluate(process, model, args, test_digits, x)
+    metrics = evaluate(process, model, args, test_rows, x)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     facts = {"options": vars(args), "versions": versions, "device": device, "precision": precision}
     facts |= {"seconds": round(time.perf_counter() - STARTED, 1), "metrics": metrics}

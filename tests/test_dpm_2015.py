@@ -72,6 +72,11 @@ def refusal(capsys, options):
     return line
 
 
+def rows(dataset):
+    """The rows that draw_data draws from."""
+    return dpm.CURVE.get(dataset, dpm.BEATS)
+
+
 def arguments(dataset, T, hidden_size=16):
     return Namespace(dataset=dataset, num_timesteps=T, hidden_size=hidden_size, device="cpu", seed=0)
 
@@ -149,7 +154,7 @@ def averaged_bound(betas, model, start):
         weights = log_bernoulli(BITS, x_0 * alpha_bars[t] + M * (1 - alpha_bars[t])).exp()
         assert weights.sum().item() == pytest.approx(1)
         noise = 1 - BITS  # x_t = (noise < probability): 0 makes a 1, 1 makes a 0
-        found = dpm.bound(process, model, x_0.expand(16, 4), torch.full((16,), t), noise)
+        found, _ = dpm.bound(process, model, x_0.expand(16, 4), torch.full((16,), t), noise)
         assert found.shape == (16,)
         K += (weights * found).sum().item() / 3
     ones = x_0.sum().item()
@@ -226,7 +231,7 @@ def quadrature(process, model, std, D=1, n=6):
     both = (weights[:, None] * weights).flatten()
     total = 0.0
     for t in range(1, process.T):
-        K = dpm.bound(process, model, std * x_0, torch.full((n * n,), t), noise)
+        K, _ = dpm.bound(process, model, std * x_0, torch.full((n * n,), t), noise)
         total += (both * K).sum().item() / (process.T - 1)
     return total
 
@@ -279,8 +284,8 @@ def test_z_0_is_exact_for_data_from_the_prior(dataset, T):
     assert abs(quadrature(process, null(2), 1.0, n=4) - L_null) < 1e-9
     torch.manual_seed(0)
     x_0, D = torch.randn(20_000, 8, dtype=torch.float64), 8
-    t = dpm.draw_t(len(x_0), T)
-    K = dpm.bound(process, null(2), x_0, t) - torch.distributions.Normal(0, 1).log_prob(x_0).sum(dim=1) / LN2
+    K, _ = dpm.bound(process, null(2), x_0)
+    K = K - torch.distributions.Normal(0, 1).log_prob(x_0).sum(dim=1) / LN2
     assert abs(K.mean()) < 4 * K.std() / math.sqrt(len(K)) and K.std() < 100 * D
 
 
@@ -310,7 +315,7 @@ def monte_carlo_kl(q, p, n=20_000):
 
 def kl_inside(process, model, x_0, t, noise, entropies, correction):
     """The KL (B,) in nats that bound must have used."""
-    K = dpm.bound(process, model, x_0, t, noise) * LN2
+    K = dpm.bound(process, model, x_0, t, noise)[0] * LN2
     return (entropies + correction - K) / (process.T - 1)
 
 
@@ -420,9 +425,8 @@ def heartbeat_oracle(T):
 def test_heartbeat_oracle_reaches_its_ceiling(T, best, n):
     process = dpm.Binomial(1 / torch.arange(T, 0, -1, dtype=torch.float64))
     torch.manual_seed(0)
-    x_0 = dpm.draw_data(arguments("heartbeat", T), n).double()
-    parts = [(x, dpm.draw_t(len(x), T)) for x in x_0.split(10_000)]
-    K = torch.cat([dpm.bound(process, heartbeat_oracle(T), x, t) for x, t in parts])
+    x_0 = dpm.draw_data(arguments("heartbeat", T), n, rows("heartbeat")).double()
+    K = torch.cat([dpm.bound(process, heartbeat_oracle(T), x)[0] for x in x_0.split(10_000)])
     assert K.std() / math.sqrt(n) < 0.02
     assert K.mean().item() == pytest.approx(best, abs=0.06)
     assert K.mean() <= math.log2(1 / 5)
@@ -443,7 +447,7 @@ def roll_metrics():
     model = untrained("swiss_roll", 40)
     torch.manual_seed(0)
     process = dpm.Gaussian(model.betas().detach())
-    return dpm.evaluate(process, model, arguments("swiss_roll", 40), None, None)
+    return dpm.evaluate(process, model, arguments("swiss_roll", 40), rows("swiss_roll"), None)
 
 
 def test_swiss_roll_oracle_reaches_its_ceiling(roll_metrics):
@@ -470,9 +474,9 @@ def test_swiss_roll_oracle_reaches_its_ceiling(roll_metrics):
     torch.manual_seed(0)
     Ks = []
     for t in range(1, 40):
-        x_0 = dpm.draw_data(arguments("swiss_roll", 40), 1500).double()
+        x_0 = dpm.draw_data(arguments("swiss_roll", 40), 1500, rows("swiss_roll")).double()
         noise = torch.randn_like(x_0)
-        Ks.append(dpm.bound(dpm.Gaussian(betas), model, x_0, torch.full((1500,), t), noise))
+        Ks.append(dpm.bound(dpm.Gaussian(betas), model, x_0, torch.full((1500,), t), noise)[0])
     K, error = torch.stack(Ks).mean().item(), torch.stack(Ks).std(dim=1).mean().item() / math.sqrt(39 * 1500)
     exact = roll_metrics["exact log likelihood"]
     assert error < 0.1
@@ -491,7 +495,7 @@ def test_gradient_of_the_bound_in_the_betas():
     t = each_t(10, B)
 
     def K():
-        return dpm.bound(dpm.Gaussian(model.betas()), model, x_0, t, noise).mean()
+        return dpm.bound(dpm.Gaussian(model.betas()), model, x_0, t, noise)[0].mean()
 
     K().backward()
     found = model.logit_betas.grad
@@ -516,10 +520,10 @@ def test_betas_that_are_not_learned(dataset, C, P):
 @pytest.mark.parametrize("dataset", ["swiss_roll", "heart"])
 def test_ascent_raises_the_bound_and_moves_the_betas(dataset):
     model, t = untrained(dataset, 10), each_t(10, 900)
-    x_0, noise = dpm.draw_data(arguments(dataset, 10), 900), torch.randn(900, 2)
+    x_0, noise = dpm.draw_data(arguments(dataset, 10), 900, rows(dataset)), torch.randn(900, 2)
     before, optimizer, Ks = model.betas().detach(), torch.optim.Adam(model.parameters(), 0.02), []
     for _ in range(30):  # all that is random stays as it is
-        K = dpm.bound(dpm.Gaussian(model.betas()), model, x_0, t, noise).mean()
+        K = dpm.bound(dpm.Gaussian(model.betas()), model, x_0, t, noise)[0].mean()
         optimizer.zero_grad()
         (-K).backward()
         optimizer.step()
@@ -530,10 +534,10 @@ def test_ascent_raises_the_bound_and_moves_the_betas(dataset):
 
 
 @pytest.mark.parametrize(("B", "T"), [(1, 5), (7, 20), (19, 20), (95, 20), (100, 7)])
-def test_draw_t(B, T):
+def test_each_t_is_equally_likely_and_evenly_spread(B, T):
     torch.manual_seed(0)
-    n = 3000
-    seen = torch.stack([dpm.draw_t(B, T) for _ in range(n)])
+    n, process = 3000, dpm.Gaussian(1 / torch.arange(T + 1, 1, -1))
+    seen = torch.stack([dpm.bound(process, null(2), torch.zeros(B, 1))[1] for _ in range(n)])
     assert seen.shape == (n, B) and seen.min() == 1 and seen.max() == T - 1
     for batch in seen[:50]:
         counts = batch.bincount(minlength=T)[1:]
@@ -567,15 +571,15 @@ def test_points_have_a_read_out_for_every_t():
 def test_network_shapes(dataset, C, P, B):
     T, D = 20, C * P
     model, Process = untrained(dataset, T, C, P), dpm.Binomial if dataset == "heartbeat" else dpm.Gaussian
-    process, t = Process(model.betas()), dpm.draw_t(B, T)
+    process, t = Process(model.betas()), torch.randint(1, T, (B,))
     x_0 = torch.rand(B, D).round()
     z = model(x_0, t)
     assert z.shape == (B, D if dataset == "heartbeat" else 2 * D) and z.dtype == torch.float32
     assert (z == 0).all()  # before training
     randomise(model)
     assert (model(x_0, t) != 0).any()
-    K = dpm.bound(process, model, x_0, t)
-    assert K.shape == (B,) and K.isfinite().all()
+    K, same = dpm.bound(process, model, x_0, t)
+    assert same is t and K.shape == (B,) and K.isfinite().all()
     K.mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     *_, (_, x) = dpm.p_sample_loop(Process(model.betas().detach()), model, (B, D), seed=0)
@@ -687,28 +691,35 @@ def test_chain_of_a_gaussian_ends_in_its_data():
 def test_points_are_standardised(dataset):
     torch.manual_seed(0)
     n = 200_000
-    x = dpm.draw_data(arguments(dataset, 40), n)
+    x = dpm.draw_data(arguments(dataset, 40), n, rows(dataset))
     assert x.shape == (n, 2)
     assert x.mean(dim=0).abs().max() < 5 / math.sqrt(n)
     assert x.square().mean().item() == pytest.approx(1, abs=0.01)
-    assert not torch.equal(x[:9], dpm.draw_data(arguments(dataset, 40), 9))  # fresh every time
+    assert not torch.equal(x[:9], dpm.draw_data(arguments(dataset, 40), 9, rows(dataset)))  # fresh every time
 
 
-def test_heart_and_roll():
-    v = torch.linspace(0, 1, 1001)[:-1]
-    u = 2 * np.pi * v.double().numpy()
-    y = 13 * np.cos(u) - 5 * np.cos(2 * u) - 2 * np.cos(3 * u) - np.cos(4 * u)
-    np.testing.assert_allclose(
-        dpm.curve("heart", v), np.stack((16 * np.sin(u) ** 3, y), axis=1) / 5, atol=1e-5
-    )
-    u = 1.5 * np.pi * (1 + 2 * v.double().numpy())
-    expected = np.stack((u * np.cos(u), u * np.sin(u)), axis=1) / 10
-    np.testing.assert_allclose(dpm.curve("swiss_roll", v), expected, atol=1e-5)
+def curve(dataset, v):
+    """The formulas of the two curves, at v (N,) in [0, 1), in float64."""
+    u = 2 * np.pi * v
+    if dataset == "heart":
+        y = 13 * np.cos(u) - 5 * np.cos(2 * u) - 2 * np.cos(3 * u) - np.cos(4 * u)
+        return np.stack((16 * np.sin(u) ** 3, y), axis=1) / 5
+    u = 1.5 * np.pi * (1 + 2 * v)
+    return np.stack((u * np.cos(u), u * np.sin(u)), axis=1) / 10
+
+
+@pytest.mark.parametrize("dataset", ["swiss_roll", "heart"])
+def test_curves_and_the_distance_of_their_places(dataset):
+    places = dpm.CURVE[dataset]
+    assert places.shape == (4000, 2)
+    np.testing.assert_allclose(places, curve(dataset, (np.arange(4000) + 0.5) / 4000), atol=1e-5)
+    apart = (places[1:] - places[:-1]).norm(dim=1).max()
+    assert apart < dpm.NOISE[dataset] / 2  # so that 4,000 places and a curve have the same density
 
 
 def test_heartbeats_are_exact():
     torch.manual_seed(0)
-    x = dpm.draw_data(arguments("heartbeat", 40), 5000)
+    x = dpm.draw_data(arguments("heartbeat", 40), 5000, rows("heartbeat"))
     assert x.shape == (5000, 20) and ((x == 0) | (x == 1)).all()
     assert (x.sum(dim=1) == 4).all() and torch.equal(x[:, :15], x[:, 5:])  # a pulse in every fifth bin
     assert x.mean().item() == pytest.approx(M)
@@ -734,22 +745,21 @@ def test_digits_are_standardised_and_keep_their_grey_levels(data_dir):
 def test_exact_log_likelihood(dataset, monkeypatch):
     seen, draw_data = [], dpm.draw_data
 
-    def few(args, n, digits=None):
-        seen.append(draw_data(args, min(n, 500), digits))
+    def few(args, n, rows):
+        seen.append(draw_data(args, min(n, 500), rows))
         return seen[-1]
 
     monkeypatch.setattr(dpm, "draw_data", few)
-    monkeypatch.setattr(dpm, "draw_t", lambda B, T: torch.ones(500, dtype=torch.long))
-    monkeypatch.setattr(dpm, "bound", lambda process, model, x_0, t: x_0[:, 0])
+    monkeypatch.setattr(dpm, "bound", lambda process, model, x_0: (x_0[:, 0], None))
     torch.manual_seed(0)
     process = dpm.Gaussian(1 / torch.linspace(8, 2, 8))
-    metrics = dpm.evaluate(process, null(2), arguments(dataset, 8), None, None)
+    metrics = dpm.evaluate(process, null(2), arguments(dataset, 8), rows(dataset), None)
     (shift, scale), std = dpm.SCALING[dataset], dpm.NOISE[dataset]
     v = (torch.arange(80_000, dtype=torch.float64) + 0.5) / 80_000  # 20 times finer
-    curve, points = dpm.curve(dataset, v).numpy(), (seen[-1] * scale + shift).double().numpy()
+    places, points = curve(dataset, v.numpy()), (seen[-1] * scale + shift).double().numpy()
     log_p = []
     for x in points:
-        log_terms = -((x - curve) ** 2).sum(axis=1) / (2 * std**2)
+        log_terms = -((x - places) ** 2).sum(axis=1) / (2 * std**2)
         top = log_terms.max()
         log_p.append(top + np.log(np.exp(log_terms - top).mean()) - np.log(2 * np.pi * std**2))
     expected = (np.mean(log_p) + 2 * math.log(scale)) / LN2  # a density over standardised points
@@ -765,27 +775,13 @@ def test_metrics_of_points(roll_metrics):
     assert roll_metrics["K - L_null"] == pytest.approx(roll_metrics["K"] - roll_metrics["L_null"])
     torch.manual_seed(5)
     model = untrained("swiss_roll", 40)
-    process, x_0 = dpm.Gaussian(model.betas().detach()), dpm.draw_data(args, 39 * 500)
-    K = dpm.bound(process, model, x_0, each_t(40, 39 * 500))
+    process, x_0 = dpm.Gaussian(model.betas().detach()), dpm.draw_data(args, 39 * 500, rows("swiss_roll"))
+    K, _ = dpm.bound(process, model, x_0, each_t(40, 39 * 500))
     error = math.hypot(roll_metrics["standard error"], K.std().item() / math.sqrt(len(K)))
     assert K.mean().item() == pytest.approx(roll_metrics["K"], abs=5 * error)
 
 
 # Pictures and files
-
-
-def test_gif_keeps_frames_durations_and_loops(tmp_path):
-    frames = [np.full((20, 30, 3), 40 * k, np.uint8) for k in range(5)]
-    dpm.save_gif(tmp_path / "x.gif", frames)
-    with imageio.get_reader(tmp_path / "x.gif") as reader:
-        found = [frame for frame in reader]
-        durations = [reader.get_meta_data(k)["duration"] for k in range(5)]
-    assert len(found) == 5
-    assert all(np.abs(a[..., :3].astype(int) - b).max() < 8 for a, b in zip(found, frames))
-    assert durations == [800, 800, 800, 800, 3000]
-    dpm.save_gif(tmp_path / "one.gif", frames[:1])
-    assert len(imageio.mimread(tmp_path / "one.gif")) == 1
-    assert b"NETSCAPE2.0\x03\x01\x00\x00" in (tmp_path / "x.gif").read_bytes()  # 0: loop for ever
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_earlier_one(tmp_path, capsys):
@@ -861,7 +857,7 @@ def test_heartbeat_run(tmp_path):
     assert metrics["L_null"] == pytest.approx(-14.438, abs=1e-3)
     beats = {tuple(beat) for beat in dpm.BEATS.numpy()}
     share = np.mean([tuple(sample) in beats for sample in samples])
-    assert metrics["exact heartbeats"] == pytest.approx(share)
+    assert metrics["exact"] == pytest.approx(share)
     (phases,) = [value for value in metrics.values() if isinstance(value, list)]
     assert len(phases) == 5 and sum(phases) == pytest.approx(share)
 
@@ -1014,7 +1010,8 @@ def test_bound_that_is_not_finite(roll_run, capsys, monkeypatch, tmp_path, step)
 
     def spoiled(*parts):
         calls.append(1)
-        return bound(*parts) * (math.nan if len(calls) == step else 1)
+        K, t = bound(*parts)
+        return K * (math.nan if len(calls) == step else 1), t
 
     monkeypatch.setattr(dpm, "bound", spoiled)
     line = refusal(capsys, [*TINY, "--output_dir", out])
@@ -1068,7 +1065,7 @@ def test_missing_device(capsys, monkeypatch):
     line = refusal(capsys, ["--device", "cuda"])
     assert "--device cuda" in line and "cpu" in line
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert dpm.pick_device("auto") == "cpu"
+    assert dpm.parse_options([])[0].device == "cpu"
 
 
 class Evil:
