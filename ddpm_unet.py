@@ -5,12 +5,12 @@ undoing all of them turns noise into new images. Ho, Jain and Abbeel 2020, https
 
     python ddpm_unet.py                                     MNIST, 40 minutes on 2 CPU cores
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
-    python ddpm_unet.py --checkpoint outputs/ddpm_unet_mnist/model.pt --sampler beta_tilde --nll 500
+    python ddpm_unet.py --checkpoint outputs/ddpm_unet_mnist/model.pt --nll 500    samples, bits per dimension
 
-Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. Pictures count noise steps: 0 is data.
-Deviations: a small network by default; betas times 1000 / T, so that x_T is noise for every T; t even in each
-batch, images drawn with replacement; a learning rate that falls to 0; a moving average that warms up; DDIM
-(https://arxiv.org/abs/2010.02502), unless --sampler names one of the two variances of Algorithm 2.
+Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. "Steps left" count noise: 0 is data.
+Deviations: a small network by default; betas times 1000 / T, so that x_T is noise for every T; t spread
+evenly over a batch, images drawn with replacement; a learning rate that falls to 0; a moving average that
+warms up; 50 steps of DDIM (https://arxiv.org/abs/2010.02502), unless --sampler asks for Algorithm 2.
 """
 
 # %% 1. Imports
@@ -40,7 +40,7 @@ CPU = getattr(torch.cpu, "get_capabilities", dict)()
 QUICK = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else CPU.get("avx512_bf16")
 OPTIONS = {  # default; least and most, or choices; help. The first eight make the model
     "dataset": ("mnist", (0,), "mnist, or a folder of images"),
-    "image_size": (28, (4, 4096), "pixels of a side; a folder is scaled to it, mnist padded"),
+    "image_size": (28, (4, 4096), "pixels of a side; a folder is scaled to it, mnist padded from 28"),
     "num_timesteps": (1000, (20, 10**5), "T, the number of diffusion steps"),
     "base_channels": (32, (2, 4096), "width of the network at full size; the paper: 128"),
     "channel_mults": ([1, 2, 2], (1, 64), "width at each size, in base_channels; the paper: 1 2 2 2"),
@@ -51,13 +51,13 @@ OPTIONS = {  # default; least and most, or choices; help. The first eight make t
     "num_epochs": (8, (1, 10**6), "times that training draws as many images as there are"),
     "num_training_steps": (0, (0, 10**9), "training steps; 0: as --num_epochs says"),
     "learning_rate": (2e-3, (1e-12, 10), "of Adam at its highest; it rises in 200 steps, then falls to 0"),
-    "ema_decay": (0.999, (0, 1), "of the moving average of the weights, which draws the samples"),
+    "ema_decay": (0.999, (0, 1), "decay of the moving average of the weights, which draws the samples"),
     "precision": ("bf16" if QUICK else "fp32", ("bf16", "fp32"), "of the network; bf16 where that is quick"),
     "eval_batch_size": (500, (1, 10**7), "samples to draw"),
     "sampler": ("ddim", ("ddim", "beta", "beta_tilde"), "ddim, or Algorithm 2 with one of its two variances"),
-    "sampling_steps": (50, (1, 10**5), "steps that the sampler takes, at most all T"),
+    "sampling_steps": (50, (1, 10**5), "steps that the sampler takes, T at most; the paper: all T"),
     "nll": (0, (0, 10**7), "test images whose log likelihood to bound, in bits per dimension"),
-    "nll_timesteps": (20, (1, 10**5), "values of t to take for each of them"),
+    "nll_terms": (20, (1, 10**5), "values of t to take for each of them"),
     "seed": (0, (0, 2**31 - 1), "fixes all that is random"),
 }
 SHORT = {"num_epochs": "-e", "learning_rate": "-l", "train_batch_size": "-b"}
@@ -71,17 +71,17 @@ def fail(message):
 
 def parse_options(argv=None):
     """The options, complete, and the content of the file that --checkpoint or --resume names, or None."""
-    here = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    cuda = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    here = cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     parser = ArgumentParser("ddpm_unet.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error, flag = fail, parser.add_argument
     for name, (default, allowed, text) in OPTIONS.items():
         one, many = (default[0], "+") if isinstance(default, list) else (default, None)
-        look = {"choices": allowed} if isinstance(allowed[0], str) else {"type": type(one), "metavar": "N"}
+        look = {"choices": allowed} if isinstance(allowed[0], str) else {"type": type(one), "metavar": "X"}
         flag(f"--{name}", *SHORT.get(name, "").split(), nargs=many, help=f"{text} [{default}]", **look)
     flag("--num_samples", dest="eval_batch_size", type=int, metavar="N", help="short for --eval_batch_size")
     flag("--eval_path", "--checkpoint", metavar="FILE", help="a model.pt to sample from instead of training")
-    flag("--resume", metavar="FILE", help="a model.pt to train on, to the end of its run, in its folder")
+    flag("--resume", metavar="FILE", help="a model.pt whose training to go on with, in its folder")
     flag("--output_dir", metavar="DIR", help="[outputs/ddpm_unet_DATASET; with --checkpoint …_samples]")
     flag("--data_dir", metavar="DIR", default="data", help="holds MNIST/raw, or will after a download [data]")
     flag("--device", default=here[0].split(":")[0], help="cuda, mps or cpu [the first that is there]")
@@ -96,14 +96,16 @@ def parse_options(argv=None):
     except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
         fail(f"--checkpoint or --resume {path}: {type(error).__name__}; give a model.pt of ddpm_unet.py")
     for name, (default, allowed, _) in OPTIONS.items():
-        value = saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
-        setattr(args, name, value)
+        vars(args)[name] = value = (
+            saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
+        )
         if not isinstance(value, str) and not allowed[0] <= np.min(value) <= np.max(value) <= allowed[1]:
             fail(f"--{name} {value}: give numbers from {allowed[0]} to {allowed[1]}")
         if name in list(OPTIONS)[:8] and value != saved.get(name, value):
             fail(f"--{name} {value}: {path} has {saved[name]}; leave the flag out")
-    if args.image_size % (unit := 2 ** (len(args.channel_mults) - 1)):
-        fail(f"--image_size {args.image_size}: --channel_mults halve it, so give a multiple of {unit}")
+    S, unit = args.image_size, 2 ** (len(args.channel_mults) - 1)
+    if S % unit or args.dataset == "mnist" and (S < 28 or S % 2):
+        fail(f"--image_size {S}: --channel_mults need a multiple of {unit}, mnist an even one from 28 on")
     name = f"ddpm_unet_{Path(args.dataset).name}{'_samples' if args.eval_path else ''}"
     args.output_dir = args.output_dir or str(Path(path).parent if args.resume else Path("outputs", name))
     return args, checkpoint
@@ -112,10 +114,10 @@ def parse_options(argv=None):
 # %% 3. Data — grey levels 0..255; the network sees them as -1..1, section 3.3
 def load_images(args):
     """Training and test images, uint8 (N, C, S, S), C = 1 if all are grey; a tenth of a folder for tests."""
-    S, where = args.image_size, args.data_dir if args.dataset == "mnist" else "2 images are needed"
+    S, where = args.image_size, args.data_dir
     try:
-        from torchvision import datasets, io
-        from torchvision.transforms.functional import center_crop, resize
+        from torchvision import datasets
+        from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
         if args.dataset == "mnist":
             parts = [datasets.MNIST(where, train, download=True).data[:, None] for train in (True, False)]
@@ -123,12 +125,13 @@ def load_images(args):
         images = []
         for where in sorted(Path(args.dataset).rglob("*")):
             if datasets.folder.is_image_file(where.name):
-                image = resize(io.decode_image(str(where), "RGB"), [S])  # the shorter side becomes S
-                images.append(center_crop(image, [S, S]))
-        images = torch.stack(images if len(images) > 1 else [])
+                images.append(pil_to_tensor(center_crop(resize(datasets.folder.default_loader(where), S), S)))
+        if len(images) < 2:
+            fail(f"--dataset {args.dataset}: fewer than 2 images; name a folder of image files")
+        images = torch.stack(images)
     except Exception as error:  # noqa: BLE001 — no network, a damaged file, a torchvision of another torch
         why = f"--dataset {args.dataset}: {where}: {' '.join(str(error).split())[:80]}"
-        fail(f"{why}; mend or remove the file, or put the 4 files of MNIST into {args.data_dir}/MNIST/raw")
+        fail(f"{why}; mend or remove that file; or put the 4 files of MNIST into {args.data_dir}/MNIST/raw")
     images = images[:, :1] if (images == images[:, :1]).all() else images
     return images[torch.arange(len(images)) % 10 > 0], images[::10]
 
@@ -150,19 +153,18 @@ def make_schedule(T, device="cpu", steps=None):
         "variance_prev": 1 - alpha_bars_prev,
         "posterior_variance": (1 - alpha_bars_prev) / (1 - alpha_bars) * betas,  # eq. 7: beta_tilde
     }
-    schedule = {name: values.float().to(device) for name, values in schedule.items()}
-    return Namespace(timesteps=timesteps.to(device), **schedule)
+    return Namespace(timesteps=timesteps.to(device), **{k: v.float().to(device) for k, v in schedule.items()})
 
 
-# %% 5. Forward process, and Algorithm 1 — x_0, x_t, eps are (B, D), t is (B,), so values[t, None] is (B, 1)
+# %% 5. Forward process, and Algorithm 1 — x is (B, D), D = C S S, t is (B,), values[t, None] is (B, 1)
 def q_sample(schedule, x_0, t, eps):
     """x_t (B, D) of q(x_t | x_0) from noise eps: steps 0 to t at once, eq. 4."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
 
 
 def q_posterior(schedule, x_0, x_t, t, eta=1.0):
-    """Mean (B, D) and variance (B, 1) of q(x_{t-1} | x_t, x_0), eq. 6 and 7, in the form of DDIM's eq. 7: of
-    the noise in x_t a part is kept, the rest drawn anew, and less if eta < 1, with the same q(x_t | x_0)."""
+    """Mean (B, D) and variance (B, 1) of q(x_{t-1} | x_t, x_0), eq. 6 and 7, in the form of DDIM's eq. 7. The
+    share of noise that is drawn anew is set by eta (1: DDPM, 0: none); q(x_t | x_0) is the same for all."""
     eps = (x_t - schedule.signal[t, None] * x_0) / schedule.noise_std[t, None]
     variance = eta**2 * schedule.posterior_variance[t, None]
     kept = (schedule.variance_prev[t, None] - variance).sqrt()
@@ -170,13 +172,13 @@ def q_posterior(schedule, x_0, x_t, t, eta=1.0):
 
 
 def loss_simple(model, schedule, x_0, t, eps):
-    """Algorithm 1, line 5 before the gradient, eq. 14: the mean squared error (B,) of images x_0 (B, D)."""
+    """Algorithm 1, line 5 before the gradient, eq. 14 divided by D: squared errors (B,) for x_0 (B, D)."""
     return (eps - model(q_sample(schedule, x_0, t, eps), t)).square().mean(dim=1)
 
 
 # %% 6. Sampling — Algorithm 2 and DDIM
 def p_reverse(model, schedule, x_t, t, sampler="beta_tilde"):
-    """x_0_hat (B, D), eq. 15, clipped to the range of data, and mean and variance of p(x_{t-1} | x_t)."""
+    """x_0_hat (B, D), eq. 15, clipped, mean and variance of p(x_{t-1} | x_t); schedule may be shortened."""
     eps_hat = torch.cat([model(*part) for part in zip(x_t.split(250), schedule.timesteps[t].split(250))])
     x_0_hat = ((x_t - schedule.noise_std[t, None] * eps_hat) / schedule.signal[t, None]).clamp(-1, 1)
     mean, variance = q_posterior(schedule, x_0_hat, x_t, t, eta=float(sampler != "ddim"))
@@ -192,15 +194,14 @@ def p_sample_loop(model, schedule, shape, seed, sampler="beta_tilde"):
         t = torch.full(shape[:1], step, device=device)
         x_0_hat, mean, variance = p_reverse(model, schedule, x, t, sampler)
         yield step + 1, x, x_0_hat
-        z = (step > 0) * torch.randn(shape, generator=generator, device=device)  # none in the last step
-        x = mean + variance.sqrt() * z
+        x = mean + (step > 0) * variance.sqrt() * torch.randn(shape, generator=generator, device=device)
     yield 0, x, x
 
 
-# %% 7. Likelihood — section 3.3
+# %% 7. Likelihood — eq. 5, and section 3.3 for L_0
 def bound(model, schedule, x_0, n, sampler="beta_tilde"):
-    """Bits (B, 3) that images x_0 (B, D) cost at most: L_T, the sum of L_1 to L_{T-1}, and L_0, eq. 5. Of the
-    sum n terms are taken for each image, evenly spread from a random one on."""
+    """Bits (B, 3) that images x_0 (B, D) cost at most: L_T, the sum of L_1 to L_{T-1}, and L_0, of variance
+    beta_tilde_1, as the authors do. Of the sum n terms of each image are taken, spread from a random t on."""
     T, first = len(schedule.betas), torch.randint(len(schedule.betas) - 1, (len(x_0),)).to(x_0.device)
     L_T, L = kl_divergence(Normal(schedule.signal[-1] * x_0, schedule.noise_std[-1]), Normal(0.0, 1.0)), 0
     for k in tqdm(range(n + 1), "bound"):
@@ -211,15 +212,14 @@ def bound(model, schedule, x_0, n, sampler="beta_tilde"):
         if k < n:
             mean, variance = q_posterior(schedule, x_0, x_t, t)
             L = L + kl_divergence(Normal(mean, variance.sqrt()), p) * (T - 1) / n
-    upper = p.cdf(x_0 + 1 / 255).where(x_0 < 0.999, 1.0)  # eq. 13: levels 0 and 255 are open intervals
-    lower = p.cdf(x_0 - 1 / 255).where(x_0 > -0.999, 0.0)
-    L_0 = -(upper - lower).clamp(min=1e-12).log()
+    upper, lower = (p.cdf(x_0 + s / 255).where(s * x_0 < 0.999, (1 + s) / 2) for s in (1, -1))
+    L_0 = -(upper - lower).clamp(min=1e-12).log()  # eq. 13: the first and the last level have no end
     return torch.stack([nats.sum(dim=1) for nats in (L_T, L, L_0)], dim=1) / math.log(2)
 
 
 # %% 8. Network — appendix B; h is (B, C, H, W), temb is (B, 4 base_channels)
 def norm(C):
-    return nn.GroupNorm(math.gcd(32, C, max(1, C // 4)), C)  # 32 groups for 128 channels and more, as there
+    return nn.GroupNorm(math.gcd(32, C, max(1, C // 4)), C)  # 32 groups for multiples of 128, as there
 
 
 def conv(C_in, C_out, size=3, stride=1, gain=1.0):
@@ -272,7 +272,8 @@ class UNet(nn.Module):  # x_t (B, C S S) and t (B,) to eps_theta(x_t, t) (B, C S
         self.last = nn.Sequential(norm(width), nn.SiLU(), conv(width, C, gain=0))
 
     def forward(self, x, t):
-        angles = t[:, None] * 1000 / self.T * 10_000 ** -torch.linspace(0, 1, (self.ch + 1) // 2).to(x.device)
+        frequencies = 1000 / self.T * 10_000 ** -torch.linspace(0, 1, (self.ch + 1) // 2, device=x.device)
+        angles = t[:, None] * frequencies  # (B, base_channels / 2); any T spans what 1000 steps do
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1)[:, : self.ch])
             h, skips = x.view(-1, *self.shape), []
@@ -291,47 +292,46 @@ class UNet(nn.Module):  # x_t (B, C S S) and t (B,) to eps_theta(x_t, t) (B, C S
 def train(net, ema, images, args, checkpoint):
     """Trains net and ema, its moving average, to the end or to Ctrl-C; writes model.pt and loss.png."""
     (N, C, *_), B, T, out = images.shape, args.train_batch_size, args.num_timesteps, Path(args.output_dir)
-    steps, stop = args.num_training_steps or math.ceil(args.num_epochs * N / B), []
+    steps, stop, device = args.num_training_steps or math.ceil(args.num_epochs * N / B), [], args.device
     optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, fused=True)
     model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net  # averages the gradients
-    schedule, losses = make_schedule(T, args.device), list(checkpoint["losses"]) if checkpoint else []
+    schedule, losses = make_schedule(T, device), list(checkpoint["losses"]) if checkpoint else []
     optimizer.load_state_dict(checkpoint["optimizer"] if checkpoint else optimizer.state_dict())
-    # the first Ctrl-C ends training when its step is done, a second one ends the program
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
     for step in (bar := tqdm(range(len(losses), steps), "train", steps, initial=len(losses), disable=RANK)):
-        torch.manual_seed((args.seed << 32) + step)  # so that a resumed run is the same, bit for bit
+        torch.manual_seed((args.seed * 2_654_435_761 + step) % 2**32)  # no state to save: resuming is exact
         optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 200, 1 - step / steps)
-        t = (torch.randperm(B) * T // B + torch.randint(T, (1,))) % T  # any is as likely; evenly spread
-        x_0, eps = images[torch.randint(N, (B,))].flatten(1) / 127.5 - 1, torch.randn(B, images[0].numel())
-        x_0, t, eps = (part[RANK::WORLD].to(args.device) for part in (x_0, t, eps))  # of this process
+        t = torch.randperm(B, device=device) * T // B + torch.randint(T, (1,), device=device)  # evenly spread
+        chosen, eps = torch.randint(N, (B,), device=device), torch.randn(B, images[0].numel(), device=device)
+        x_0, t, eps = (part[RANK::WORLD] for part in (images[chosen].flatten(1) / 127.5 - 1, t % T, eps))
         loss = loss_simple(model, schedule, x_0, t, eps).sum() * WORLD / B
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         decay = min(args.ema_decay, (1 + step) / (10 + step))  # the first weights are soon forgotten
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        torch._foreach_lerp_(list(ema.state_dict().values()), list(net.state_dict().values()), 1 - decay)
         losses.append(loss.detach())
         if step % 50 == 0:  # to read a loss is to wait for the device: not at every step
             bar.set_postfix(loss=f"{torch.stack(losses[-100:]).mean():.4f}", refresh=False)
-        if RANK == 0 and (step % 500 == 499 or step + 1 == steps or stop):
+        last = bool(stop) or step + 1 == steps  # Ctrl-C ends training here, a second one the program
+        if RANK == 0 and (last or step % 500 == 499):
             if not torch.stack(losses).isfinite().all():  # model.pt stays as it was
-                fail(f"--learning_rate {args.learning_rate}: NaN loss before step {step + 1}; lower it")
-            parts = (("model", net), ("ema", ema), ("optimizer", optimizer))
-            content = {"ddpm_unet.py": vars(args), "losses": torch.stack(losses), "channels": C}
-            content |= {name: part.state_dict() for name, part in parts}
+                fail(f"--learning_rate {args.learning_rate}: NaN loss up to step {step + 1}; lower it")
+            content = {"ddpm_unet.py": vars(args), "losses": torch.stack(losses), "model": net.state_dict()}
+            content |= {"ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "channels": C}
             save(out / "model.pt", lambda path, content: torch.save(content, path), content)
             axes = Figure(layout="constrained").add_subplot(xlabel="step", ylabel="loss", yscale="log")
             axes.plot(content["losses"].cpu(), ".", color="#0072B2", markersize=1)
             save(out / "loss.png", axes.figure.savefig)
-        if stop:
+        if last:
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # %% 10. Pictures and files
 def tile(x, C, columns=5):
-    """Picture (H, W, C), uint8, of images x (N, C S S) in [-1, 1], so many in a row, filled up with white."""
+    """Picture (H, W, C), uint8, of images x (N, C S S) in [-1, 1], so many in a row; (H, W) if C = 1."""
     S = math.isqrt(x.shape[1] // C)
     x = pad(x, (0, 0, 0, -len(x) % columns), value=1.0).view(-1, columns, C, S, S).permute(0, 3, 1, 4, 2)
     return ((x.reshape(-1, columns * S, C).squeeze(2) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
@@ -357,23 +357,24 @@ def main(argv=None):
         fail(f"--output_dir {out}: a training run is there, and stays as it is; name another folder")
     distributed.init_process_group() if WORLD > 1 else None
     torch.manual_seed(args.seed)
-    images, test = load_images(args) if args.nll or not args.eval_path else (None, None)
+    images, test = (
+        (x.to(device) for x in load_images(args)) if args.nll or not args.eval_path else (None, None)
+    )
     C = checkpoint["channels"] if checkpoint else images.shape[1]
     net, ema = UNet(args, C).to(device), UNet(args, C).to(device).eval().requires_grad_(False)
     net.load_state_dict(checkpoint["model"] if checkpoint else net.state_dict())
     ema.load_state_dict(checkpoint["ema"] if checkpoint else net.state_dict())
     if images is not None and RANK == 0:  # before the training: a folder that cannot be written fails now
-        data = test[torch.arange(100) % len(test)].flatten(1) / 127.5 - 1
+        data = test[torch.arange(100) % len(test)].flatten(1).cpu() / 127.5 - 1
         eps, steps = torch.randn_like(data), torch.arange(100) // 10 * (T - 1) // 9
         save(out / "data.png", imageio.imwrite, tile(data[:10], C))
         save(out / "noisy.png", imageio.imwrite, tile(q_sample(make_schedule(T), data, steps, eps), C, 10))
     None if args.eval_path else train(net, ema, images, args, checkpoint)
-    if RANK > 0:
-        return
+    sys.exit() if RANK > 0 else None  # the first process goes on alone
     chain = make_schedule(T, device, args.sampling_steps)
     frames, loop = [], p_sample_loop(ema, chain, (args.eval_batch_size, C * S * S), args.seed, args.sampler)
     for step, x, x_0_hat in tqdm(loop, "sampling", len(chain.betas) + 1):
-        if step % max(1, len(chain.betas) // 50) == 0:
+        if step % max(1, len(chain.betas) // 50) == 0 or step == len(chain.betas):
             frames.append(np.hstack([tile(part[:25], C) for part in (x, x_0_hat)]))
     save(out / "process.gif", imageio.mimsave, frames + frames[-1:] * 30, duration=100, loop=0)
     save(out / "samples.png", imageio.imwrite, tile(x[:100], C, 10))
@@ -382,12 +383,11 @@ def main(argv=None):
     save(out / "samples.npy", np.save, samples if C > 1 else samples[..., 0])
     metrics = {}
     if args.nll:
-        x_0 = test[torch.randperm(len(test))[: args.nll]].to(device).flatten(1) / 127.5 - 1
-        bits = bound(ema, make_schedule(T, device), x_0, args.nll_timesteps, args.sampler).cpu()
-        bits /= samples[0].size  # of the image as it was, without what pads it
+        x_0 = test[torch.randperm(len(test))[: args.nll]].flatten(1) / 127.5 - 1
+        bits = bound(ema, make_schedule(T, device), x_0, args.nll_terms, args.sampler).cpu() / samples[0].size
         total, names = bits.sum(dim=1), ("L_T", "L_1 to L_{T-1}", "L_0")
         metrics = {"bits per dimension": total.mean().item(), **dict(zip(names, bits.mean(dim=0).tolist()))}
-        metrics["standard error"] = total.std().item() / len(total) ** 0.5
+        metrics["standard error"] = total.std().item() / len(total) ** 0.5 if len(total) > 1 else None
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     facts = {"options": vars(args), "versions": versions, "device": device, "precision": args.precision}
     facts |= {"seconds": round(time.perf_counter() - STARTED, 1), "metrics": metrics}
