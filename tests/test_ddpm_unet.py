@@ -791,6 +791,7 @@ def trained(steps, grey, out, *options):
     ema.load_state_dict(net.state_dict())
     start = {name: values.clone() for name, values in net.state_dict().items()}
     ddpm.train(net, ema, images, args, None)
+    assert not any(parameter.requires_grad for parameter in ema.parameters())  # no graph behind the average
     return content(Path(out) / "model.pt"), start
 
 
@@ -817,6 +818,19 @@ def test_learning_rate_rises_and_falls(grey, tmp_path, monkeypatch):
 
 def cheap_loss(model, x_0):
     return 2 + model.last[2].bias.square().sum() + x_0.mean(dim=1)
+
+
+def test_seeds_draw_different_batches(grey, tmp_path, monkeypatch):
+    seen = []
+
+    def loss(model, schedule, x_0, t, eps):
+        seen.append(eps)
+        return cheap_loss(model, x_0)
+
+    monkeypatch.setattr(ddpm, "loss_simple", loss)
+    for seed in (0, 1, 2**31 - 1):
+        trained(2, grey, tmp_path, "--seed", seed)
+    assert all(not torch.equal(a, b) for k, a in enumerate(seen) for b in seen[:k]) and len(seen) == 6
 
 
 @pytest.mark.parametrize(("B", "T"), [(20, 20), (7, 20), (50, 20), (3, 1000)])
