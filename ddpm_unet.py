@@ -7,7 +7,7 @@ undoing all of them turns noise into new images. Ho, Jain and Abbeel 2020, https
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
     python ddpm_unet.py --checkpoint outputs/ddpm_unet_mnist/model.pt --nll 500    samples, bits per dimension
 
-Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. "Steps left" count noise: 0 is data.
+Index: the code counts t = 0..T-1; the paper's t, the "steps left" of sampling, is t + 1, so that 0 is data.
 Deviations: a small network by default; betas times 1000 / T, so that x_T is noise for every T; t spread
 evenly over a batch, images drawn with replacement; a learning rate that falls to 0; a moving average that
 warms up; 50 steps of DDIM (https://arxiv.org/abs/2010.02502), unless --sampler asks for Algorithm 2.
@@ -38,7 +38,7 @@ from tqdm import tqdm
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 CPU = getattr(torch.cpu, "get_capabilities", dict)()
 QUICK = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else CPU.get("avx512_bf16")
-OPTIONS = {  # default; least and most, or choices; help. The first eight make the model
+OPTIONS = {  # default; range, choices or (0,): any text; help. A checkpoint fixes the first eight
     "dataset": ("mnist", (0,), "mnist, or a folder of images"),
     "image_size": (28, (4, 4096), "pixels of a side; a folder is scaled to it, mnist padded from 28"),
     "num_timesteps": (1000, (20, 10**5), "T, the number of diffusion steps"),
@@ -48,7 +48,7 @@ OPTIONS = {  # default; least and most, or choices; help. The first eight make t
     "attention_resolutions": ([7, 8], (1, 4096), "sizes with self-attention; the paper: 16"),
     "dropout": (0.0, (0, 0.99), "share of numbers dropped in residual blocks; the paper: 0.1"),
     "train_batch_size": (64, (1, 10**6), "images in a training step, of all processes together"),
-    "num_epochs": (8, (1, 10**6), "times that training draws as many images as there are"),
+    "num_epochs": (8, (1, 10**6), "epochs; each draws as many images as there are"),
     "num_training_steps": (0, (0, 10**9), "training steps; 0: as --num_epochs says"),
     "learning_rate": (2e-3, (1e-12, 10), "of Adam at its highest; it rises in 200 steps, then falls to 0"),
     "ema_decay": (0.999, (0, 1), "decay of the moving average of the weights, which draws the samples"),
@@ -56,7 +56,7 @@ OPTIONS = {  # default; least and most, or choices; help. The first eight make t
     "eval_batch_size": (500, (1, 10**7), "samples to draw"),
     "sampler": ("ddim", ("ddim", "beta", "beta_tilde"), "ddim, or Algorithm 2 with one of its two variances"),
     "sampling_steps": (50, (1, 10**5), "steps that the sampler takes, T at most; the paper: all T"),
-    "nll": (0, (0, 10**7), "test images whose log likelihood to bound, in bits per dimension"),
+    "nll": (0, (0, 10**7), "test images whose bits per dimension to bound; ddim counts as beta_tilde"),
     "nll_terms": (20, (1, 10**5), "values of t to take for each of them"),
     "seed": (0, (0, 2**31 - 1), "fixes all that is random"),
 }
@@ -79,7 +79,7 @@ def parse_options(argv=None):
         one, many = (default[0], "+") if isinstance(default, list) else (default, None)
         look = {"choices": allowed} if isinstance(allowed[0], str) else {"type": type(one), "metavar": "X"}
         flag(f"--{name}", *SHORT.get(name, "").split(), nargs=many, help=f"{text} [{default}]", **look)
-    flag("--num_samples", dest="eval_batch_size", type=int, metavar="N", help="short for --eval_batch_size")
+    flag("--num_samples", dest="eval_batch_size", type=int, metavar="N", help="the same as --eval_batch_size")
     flag("--eval_path", "--checkpoint", metavar="FILE", help="a model.pt to sample from instead of training")
     flag("--resume", metavar="FILE", help="a model.pt whose training to go on with, in its folder")
     flag("--output_dir", metavar="DIR", help="[outputs/ddpm_unet_DATASET; with --checkpoint …_samples]")
@@ -96,9 +96,8 @@ def parse_options(argv=None):
     except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
         fail(f"--checkpoint or --resume {path}: {type(error).__name__}; give a model.pt of ddpm_unet.py")
     for name, (default, allowed, _) in OPTIONS.items():
-        vars(args)[name] = value = (
-            saved.get(name, default) if getattr(args, name) is None else getattr(args, name)
-        )
+        given = getattr(args, name)
+        vars(args)[name] = value = saved.get(name, default) if given is None else given
         if not isinstance(value, str) and not allowed[0] <= np.min(value) <= np.max(value) <= allowed[1]:
             fail(f"--{name} {value}: give numbers from {allowed[0]} to {allowed[1]}")
         if name in list(OPTIONS)[:8] and value != saved.get(name, value):
@@ -111,7 +110,7 @@ def parse_options(argv=None):
     return args, checkpoint
 
 
-# %% 3. Data — grey levels 0..255; the network sees them as -1..1, section 3.3
+# %% 3. Data — grey levels 0..255; the network sees them as -1..1, the paper's section 3.3
 def load_images(args):
     """Training and test images, uint8 (N, C, S, S), C = 1 if all are grey; a tenth of a folder for tests."""
     S, where = args.image_size, args.data_dir
@@ -136,9 +135,9 @@ def load_images(args):
     return images[torch.arange(len(images)) % 10 > 0], images[::10]
 
 
-# %% 4. Noise schedule — section 4
+# %% 4. Noise schedule — the paper's section 4
 def make_schedule(T, device="cpu", steps=None):
-    """All that depends on t alone, as tensors (T,); or (steps,), for a chain of so few of the T steps."""
+    """All that depends on t alone, as tensors (T,), or (steps,) for so few of the T steps, with the last."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # the paper's for T = 1000
     betas = betas.clamp(max=0.999)  # at T = 20 the last would be 1 and alpha_bar_T 0: a division by 0
     timesteps = torch.linspace(T - 1, 0, min(steps or T, T), dtype=torch.float64).round().long().flip(0)
@@ -150,13 +149,13 @@ def make_schedule(T, device="cpu", steps=None):
         "signal": alpha_bars.sqrt(),  # eq. 4: x_t = signal x_0 + noise_std eps
         "noise_std": (1 - alpha_bars).sqrt(),
         "signal_prev": alpha_bars_prev.sqrt(),
-        "variance_prev": 1 - alpha_bars_prev,
+        "noise_variance_prev": 1 - alpha_bars_prev,
         "posterior_variance": (1 - alpha_bars_prev) / (1 - alpha_bars) * betas,  # eq. 7: beta_tilde
     }
     return Namespace(timesteps=timesteps.to(device), **{k: v.float().to(device) for k, v in schedule.items()})
 
 
-# %% 5. Forward process, and Algorithm 1 — x is (B, D), D = C S S, t is (B,), values[t, None] is (B, 1)
+# %% 5. Forward process, and Algorithm 1 — x is (B, D), D = C S S, t is (B,), betas[t, None] is (B, 1)
 def q_sample(schedule, x_0, t, eps):
     """x_t (B, D) of q(x_t | x_0) from noise eps: steps 0 to t at once, eq. 4."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
@@ -164,10 +163,10 @@ def q_sample(schedule, x_0, t, eps):
 
 def q_posterior(schedule, x_0, x_t, t, eta=1.0):
     """Mean (B, D) and variance (B, 1) of q(x_{t-1} | x_t, x_0), eq. 6 and 7, in the form of DDIM's eq. 7. The
-    share of noise that is drawn anew is set by eta (1: DDPM, 0: none); q(x_t | x_0) is the same for all."""
+    share of noise that is drawn anew is set by eta (1: DDPM, 0: none); eq. 4 holds for every eta."""
     eps = (x_t - schedule.signal[t, None] * x_0) / schedule.noise_std[t, None]
     variance = eta**2 * schedule.posterior_variance[t, None]
-    kept = (schedule.variance_prev[t, None] - variance).sqrt()
+    kept = (schedule.noise_variance_prev[t, None] - variance).sqrt()
     return schedule.signal_prev[t, None] * x_0 + kept * eps, variance
 
 
@@ -176,9 +175,10 @@ def loss_simple(model, schedule, x_0, t, eps):
     return (eps - model(q_sample(schedule, x_0, t, eps), t)).square().mean(dim=1)
 
 
-# %% 6. Sampling — Algorithm 2 and DDIM
+# %% 6. Sampling — Algorithm 2 and DDIM; the model has its gradients off, as ema in main
 def p_reverse(model, schedule, x_t, t, sampler="beta_tilde"):
-    """x_0_hat (B, D), eq. 15, clipped, mean and variance of p(x_{t-1} | x_t); schedule may be shortened."""
+    """x_0_hat (B, D), eq. 15, clipped to the range of data, and mean and variance of p(x_{t-1} | x_t). In a
+    shortened schedule, t counts its own steps; the network, 250 images at a time, is told timesteps[t]."""
     eps_hat = torch.cat([model(*part) for part in zip(x_t.split(250), schedule.timesteps[t].split(250))])
     x_0_hat = ((x_t - schedule.noise_std[t, None] * eps_hat) / schedule.signal[t, None]).clamp(-1, 1)
     mean, variance = q_posterior(schedule, x_0_hat, x_t, t, eta=float(sampler != "ddim"))
@@ -187,7 +187,7 @@ def p_reverse(model, schedule, x_t, t, sampler="beta_tilde"):
 
 def p_sample_loop(model, schedule, shape, seed, sampler="beta_tilde"):
     """Yields (steps left, x_t, x_0_hat), from noise to (0, x_0, x_0), each x (B, D): Algorithm 2, line 4 by
-    eq. 7 with x_0_hat for x_0, with either variance of the paper; or DDIM, which adds no noise."""
+    eq. 7 with x_0_hat for x_0, with either variance of the paper; or DDIM: no new noise, eps from x_0_hat."""
     generator = torch.Generator(device := schedule.betas.device).manual_seed(seed)
     x = torch.randn(shape, generator=generator, device=device)
     for step in reversed(range(len(schedule.betas))):
@@ -200,8 +200,8 @@ def p_sample_loop(model, schedule, shape, seed, sampler="beta_tilde"):
 
 # %% 7. Likelihood — eq. 5, and section 3.3 for L_0
 def bound(model, schedule, x_0, n, sampler="beta_tilde"):
-    """Bits (B, 3) that images x_0 (B, D) cost at most: L_T, the sum of L_1 to L_{T-1}, and L_0, of variance
-    beta_tilde_1, as the authors do. Of the sum n terms of each image are taken, spread from a random t on."""
+    """Bits (B, 3) that images x_0 (B, D) cost at most: L_T, the sum of L_t for t = 1..T-1 here, and L_0, with
+    the beta_tilde of t = 1, as the authors do: its own is 0. Of the sum, n terms an image, from a random t."""
     T, first = len(schedule.betas), torch.randint(len(schedule.betas) - 1, (len(x_0),)).to(x_0.device)
     L_T, L = kl_divergence(Normal(schedule.signal[-1] * x_0, schedule.noise_std[-1]), Normal(0.0, 1.0)), 0
     for k in tqdm(range(n + 1), "bound"):
@@ -219,7 +219,7 @@ def bound(model, schedule, x_0, n, sampler="beta_tilde"):
 
 # %% 8. Network — appendix B; h is (B, C, H, W), temb is (B, 4 base_channels)
 def norm(C):
-    return nn.GroupNorm(math.gcd(32, C, max(1, C // 4)), C)  # 32 groups for multiples of 128, as there
+    return nn.GroupNorm(math.gcd(32, C, max(1, C // 4)), C)  # the authors' 32 groups, if 128 divides C
 
 
 def conv(C_in, C_out, size=3, stride=1, gain=1.0):
@@ -273,7 +273,7 @@ class UNet(nn.Module):  # x_t (B, C S S) and t (B,) to eps_theta(x_t, t) (B, C S
 
     def forward(self, x, t):
         frequencies = 1000 / self.T * 10_000 ** -torch.linspace(0, 1, (self.ch + 1) // 2, device=x.device)
-        angles = t[:, None] * frequencies  # (B, base_channels / 2); any T spans what 1000 steps do
+        angles = t[:, None] * frequencies  # (B, base_channels / 2); t as if T were 1000
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1)[:, : self.ch])
             h, skips = x.view(-1, *self.shape), []
@@ -301,7 +301,7 @@ def train(net, ema, images, args, checkpoint):
     for step in (bar := tqdm(range(len(losses), steps), "train", steps, initial=len(losses), disable=RANK)):
         torch.manual_seed((args.seed * 2_654_435_761 + step) % 2**32)  # no state to save: resuming is exact
         optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 200, 1 - step / steps)
-        t = torch.randperm(B, device=device) * T // B + torch.randint(T, (1,), device=device)  # evenly spread
+        t = torch.randperm(B, device=device) * T // B + torch.randint(T, (1,), device=device)  # even mod T
         chosen, eps = torch.randint(N, (B,), device=device), torch.randn(B, images[0].numel(), device=device)
         x_0, t, eps = (part[RANK::WORLD] for part in (images[chosen].flatten(1) / 127.5 - 1, t % T, eps))
         loss = loss_simple(model, schedule, x_0, t, eps).sum() * WORLD / B
@@ -309,12 +309,12 @@ def train(net, ema, images, args, checkpoint):
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        decay = min(args.ema_decay, (1 + step) / (10 + step))  # the first weights are soon forgotten
+        decay = min(args.ema_decay, (1 + step) / (10 + step))  # ema = decay ema + (1 - decay) net
         torch._foreach_lerp_(list(ema.state_dict().values()), list(net.state_dict().values()), 1 - decay)
         losses.append(loss.detach())
         if step % 50 == 0:  # to read a loss is to wait for the device: not at every step
             bar.set_postfix(loss=f"{torch.stack(losses[-100:]).mean():.4f}", refresh=False)
-        last = bool(stop) or step + 1 == steps  # Ctrl-C ends training here, a second one the program
+        last = bool(stop) or step + 1 == steps  # stop: Ctrl-C, once; a second one ends the program
         if RANK == 0 and (last or step % 500 == 499):
             if not torch.stack(losses).isfinite().all():  # model.pt stays as it was
                 fail(f"--learning_rate {args.learning_rate}: NaN loss up to step {step + 1}; lower it")
@@ -357,14 +357,13 @@ def main(argv=None):
         fail(f"--output_dir {out}: a training run is there, and stays as it is; name another folder")
     distributed.init_process_group() if WORLD > 1 else None
     torch.manual_seed(args.seed)
-    images, test = (
-        (x.to(device) for x in load_images(args)) if args.nll or not args.eval_path else (None, None)
-    )
+    wanted = args.nll or not args.eval_path  # without training or --nll there is no need for data
+    images, test = (x.to(device) for x in load_images(args)) if wanted else (None, None)
     C = checkpoint["channels"] if checkpoint else images.shape[1]
     net, ema = UNet(args, C).to(device), UNet(args, C).to(device).eval().requires_grad_(False)
     net.load_state_dict(checkpoint["model"] if checkpoint else net.state_dict())
     ema.load_state_dict(checkpoint["ema"] if checkpoint else net.state_dict())
-    if images is not None and RANK == 0:  # before the training: a folder that cannot be written fails now
+    if wanted and RANK == 0:  # before the training: a folder that cannot be written fails now
         data = test[torch.arange(100) % len(test)].flatten(1).cpu() / 127.5 - 1
         eps, steps = torch.randn_like(data), torch.arange(100) // 10 * (T - 1) // 9
         save(out / "data.png", imageio.imwrite, tile(data[:10], C))
@@ -378,7 +377,7 @@ def main(argv=None):
             frames.append(np.hstack([tile(part[:25], C) for part in (x, x_0_hat)]))
     save(out / "process.gif", imageio.mimsave, frames + frames[-1:] * 30, duration=100, loop=0)
     save(out / "samples.png", imageio.imwrite, tile(x[:100], C, 10))
-    edge = (S - 28) // 2 * (args.dataset == "mnist")  # what pads a digit
+    edge = (S - 28) // 2 * (args.dataset == "mnist")  # what pads a digit; not counted in bits per dimension
     samples = tile(x, C, 1).reshape(-1, S, S, C)[:, edge : S - edge, edge : S - edge]
     save(out / "samples.npy", np.save, samples if C > 1 else samples[..., 0])
     metrics = {}

@@ -7,9 +7,9 @@ lower bound on log p(data) in bits. Sohl-Dickstein et al. 2015, https://arxiv.or
     python dpm_2015.py --dataset heartbeat    binary sequences, 6 minutes
     python dpm_2015.py --dataset mnist        digits, 30 minutes; --resume FILE goes on with a stopped run
 
-Index: t = 0..T-1 is the paper's t + 1, so that x_t is its x^{t+1}; but x_0 is always the data, its x^0.
-Deviations: K has a correction (see bound); mu is x sqrt(1 - beta) + z sqrt(beta), as in the released code, as
-eq. 65 is not exact at z = 0; bumps and first Gaussian betas even in log signal-to-noise; no denoising (2.5).
+Index: t = 0..T-1 here is step t + 1 of the paper: x_t is its x^{t+1}. Only x_0 is always the data, its x^0.
+Deviations: K has a correction (see bound); mu is x sqrt(1 - beta) + z sqrt(beta), as in the released code:
+eq. 65 is not exact at z = 0; bumps g_j(t), first Gaussian betas evenly spaced in log SNR; no denoising.
 Heartbeats: m is 0.2, as the paper's figures need (its table: 0.5); z adds to log-odds; bumps in read-outs.
 Digits: one pathway, one scale; KL terms weighted by 1 - alpha_bar (K worse, samples better); betas fixed.
 """
@@ -93,12 +93,12 @@ def parse_options(argv=None):
     return args, checkpoint
 
 
-# %% 3. Data — standardised: mean 0 and, on average, variance 1, the moments of the prior N(0, I); bits stay
-u = 2 * math.pi * (torch.arange(4000) + 0.5) / 4000  # (4000,): places on the curves, as drawn from
+# %% 3. Data — standardised: mean 0 and, on average, variance 1, as the prior N(0, I); bits stay bits
+u = 2 * math.pi * (torch.arange(4000) + 0.5) / 4000  # (4000,): data come from these places on a curve
 v = 1.5 * (math.pi + u)
 heart = torch.complex(16 * u.sin() ** 3, 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos())
 CURVE = {"heart": torch.view_as_real(heart / 5), "swiss_roll": torch.view_as_real(torch.polar(v / 10, v))}
-NOISE = {"swiss_roll": 0.025, "heart": 0.05}  # of points; without noise a curve has no density
+NOISE = {"swiss_roll": 0.025, "heart": 0.05}  # in units of CURVE; without noise a curve has no density
 BEATS = (torch.arange(20) % 5 == torch.arange(5)[:, None]).float()  # (5, 20): a pulse in every fifth bin
 SCALING = {"heartbeat": (0.0, 1.0), "mnist": (33.82, 78.57)}  # shift and scale; of digits in grey levels
 SCALING |= {n: (x.mean(dim=0), (x.var(dim=0).mean() + NOISE[n] ** 2).sqrt()) for n, x in CURVE.items()}
@@ -162,7 +162,7 @@ class Binomial(Gaussian):
     def q_marginal(self, x_0, t):  # q(x_t | x_0)
         return Bernoulli(x_0 * self.alpha_bars[t, None] + self.m * self.variances[t, None])
 
-    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), t >= 1: by Bayes' rule it has just this z
+    def q_posterior(self, x_0, x_t, t):  # p_reverse at z = log-odds of q(x_{t-1} | x_0) less the prior's
         return self.p_reverse(self.q_marginal(x_0, t - 1).logits - self.prior.logits, x_t, t)
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t): for z = 0 the forward kernel, exact for data ~ prior
@@ -174,9 +174,10 @@ class Binomial(Gaussian):
 def bound(process, model, x_0, t=None, noise=None):
     """K in bits (B,) of x_0 (B, D), an estimate without bias from one x_t for each, and its t (B,) in 1..T-1.
 
-    In the paper's x^0 (data) to x^T, K = E_q log p(x^0, ..., x^T) / q(x^1, ..., x^T | x^0) <= log p(x^0). Of
-    its T - 1 KL terms t picks one: the last step back, p(x^0 | x^1), is fixed: the forward kernel (44). The
-    correction makes K a bound for any data; its mean is 0 for data with the prior's moments, as in eq. 14.
+    In the paper's x^0 (data) to x^T, K = E_q log p(x^0, ..., x^T) / q(x^1, ..., x^T | x^0) <= log p(x^0). t
+    picks one of its T - 1 KL terms; p(x^0 | x^1), the forward kernel (44), has none. A correction makes it a
+    bound for any x^0, by E log prior(x_t) + H_prior = alpha_bar_t (log prior(x^0) + H_prior); its mean is 0
+    for data with the moments of the prior, as eq. 14 has it.
     """
     (B, D), T, prior = x_0.shape, process.T, process.prior
     if t is None:  # each t is as likely as any other, but a batch has them evenly spread: K is less noisy
@@ -204,7 +205,7 @@ class Model(nn.Module):
             layers = [part for n in (C, H, H) for part in (nn.Linear(n, H), nn.Sigmoid())]
             for layer in layers[::2]:
                 layer.weight.data *= 4  # from small weights, sigmoids would hardly tell inputs apart
-        else:  # beta_0, 1e-4 or 1e-5, stays fixed, as it bounds K: K <= -H_start
+        else:  # beta_0, 1e-4 or 1e-5, stays fixed, as the mean of K is at most -H_start
             start = math.log(9999 if points else 99_999)
             alpha_bars = torch.linspace(start, -7, T, dtype=torch.float64).sigmoid()
         if points:  # radial basis units: exp(-|x - c|^2 / 2 s^2) / sum = softmax((2 x c - |c|^2) / 2 s^2)
@@ -244,9 +245,7 @@ def p_sample_loop(process, model, shape, seed, x_known=None, known=None):
     inpainting, r of section 2.5 a delta function; approximate, as r acts on all x_t, not only x_0."""
     generator, kernel, x = torch.Generator(process.betas.device).manual_seed(seed), process.prior, None
     for step in range(process.T, -1, -1):
-        if (
-            step < process.T
-        ):  # z in parts that caches can hold; the last step back is the forward kernel, eq. 44
+        if step < process.T:  # z in parts that caches can hold; the last step is the forward kernel, eq. 44
             t = torch.full(shape[:1], step, device=generator.device)
             z = torch.cat([model(*part) for part in zip(x.split(500), t.split(500))])
             kernel = process.p_reverse(z * (step > 0), x, t)
@@ -329,7 +328,7 @@ def save(path, write, *parts, **options):
 # %% 10. The whole run
 @torch.no_grad()
 def evaluate(process, model, args, rows, samples):
-    """Means over fresh or test data, in bits: K, its standard error (at most: t is even), L_null and more."""
+    """Means over fresh or test data, in bits: K, its standard error (or less: t is stratified), L_null."""
     parts, (shift, scale) = {"heartbeat": 1000, "mnist": 40}.get(args.dataset, 400), SCALING[args.dataset]
     xs = (draw_data(args, 1000, rows) for _ in tqdm(range(parts), "bound"))
     Ks = torch.cat([bound(process, model, x_0)[0] for x_0 in xs])  # (1000 parts,)
@@ -342,7 +341,7 @@ def evaluate(process, model, args, rows, samples):
         phases = (samples[:, None] == BEATS.to(samples)).all(dim=2).float().mean(dim=0).tolist()  # exact ones
         return metrics | {"exact log likelihood": -math.log2(5), "exact": sum(phases), "each phase": phases}
     kernels = Normal((CURVE[args.dataset] - shift) / scale, NOISE[args.dataset] / scale)  # one for each place
-    log_p = kernels.log_prob(x_0[:4000, None].cpu()).sum(dim=2).logsumexp(dim=1) - math.log(4000)
+    log_p = kernels.log_prob(x_0[:4000, None].cpu()).sum(dim=2).logsumexp(dim=1) - math.log(len(u))
     return metrics | {"exact log likelihood": log_p.mean().item() / math.log(2)}
 
 

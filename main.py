@@ -135,7 +135,7 @@ def load_data(args, checkpoint=None):
         return torch.empty(0, 784, device=args.device), None, checkpoint["stats"]
     if args.dataset == "mnist":
         x_0, real = (digits.to(args.device).float() for digits in load_mnist(args.data_dir))
-        shift = scale = torch.tensor(127.5, device=args.device)  # to [-1, 1], section 3.3
+        shift = scale = torch.tensor(127.5, device=args.device)  # to [-1, 1], the paper's section 3.3
     else:
         v = (torch.arange(8000, device=args.device) + 0.5) / 8000  # evenly: random ones would leave gaps
         x_0, real = curve(args.dataset, v), curve(args.dataset, torch.rand(args.eval_batch_size).to(v))
@@ -145,11 +145,11 @@ def load_data(args, checkpoint=None):
     return (x_0 - stats["shift"]) / stats["scale"], (real - stats["shift"]) / stats["scale"], stats
 
 
-# %% 4. Noise schedule — section 4
+# %% 4. Noise schedule — the paper's section 4
 def make_schedule(T, device="cpu"):
     """All that depends on t alone, as tensors (T,): computed in float64, cast to float32 at the end."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # the paper's for T = 1000
-    betas = betas.clamp(max=0.999)  # at T = 20 the last would be 1 and alpha_bar_T 0: a division by 0
+    betas = betas.clamp(max=0.999)  # at T = 20 the last would be 1, signal 0: predict_both divides by it
     alpha_bars = (1 - betas).cumprod(dim=0)  # most code calls this alphas_cumprod, and 1 - betas alphas
     alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)
     schedule = {
@@ -163,7 +163,7 @@ def make_schedule(T, device="cpu"):
     return Namespace(**{name: values.float().to(device) for name, values in schedule.items()})
 
 
-# %% 5. Forward process — x_0, x_t, eps are (B, D), t is (B,), so values[t, None] is (B, 1)
+# %% 5. Forward process — x_0, x_t, eps are (B, D), t is (B,), so schedule.signal[t, None] is (B, 1)
 def q_sample(schedule, x_0, t, eps):
     """x_t (B, D) of q(x_t | x_0) from noise eps: steps 0 to t at once, eq. 4."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
@@ -231,7 +231,7 @@ def loss_simple(model, schedule, x_0):
 # %% 8. Sampling — Algorithm 2
 @torch.no_grad()
 def p_sample_loop(model, schedule, shape, seed, bounds=(-math.inf, math.inf)):
-    """Algorithm 2: yields (T, x_T), ..., (0, x_0), each x (B, D). Line 4 is eq. 7 with x_0_hat for x_0."""
+    """Algorithm 2: yields (T, x_T), ..., (0, x_0), each x (B, D). Line 4 as eq. 7 of x_0_hat."""
     device, T = schedule.betas.device, len(schedule.betas)
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(shape, generator=generator, device=device)

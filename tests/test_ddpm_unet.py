@@ -335,7 +335,7 @@ def test_schedule(T):
         "signal": now.sqrt(),
         "noise_std": (1 - now).sqrt(),
         "signal_prev": before.sqrt(),
-        "variance_prev": 1 - before,
+        "noise_variance_prev": 1 - before,
         "posterior_variance": (1 - before) / (1 - now) * (1 - now / before),
     }
     assert torch.equal(schedule.timesteps, torch.arange(T))
