@@ -201,7 +201,7 @@ def p_sample_loop(model, schedule, shape, seed, sampler="beta_tilde"):
 # %% 7. Likelihood — eq. 5, and section 3.3 for L_0
 def bound(model, schedule, x_0, n, sampler="beta_tilde"):
     """Bits (B, 3) that images x_0 (B, D) cost at most: L_T, the sum of L_t for t = 1..T-1 here, and L_0, with
-    the beta_tilde of t = 1, as the authors do: its own is 0. Of the sum, n terms an image, from a random t."""
+    the beta_tilde of t = 1, as the authors do: its own is 0. Of the sum, n terms an image from a random t."""
     T, first = len(schedule.betas), torch.randint(len(schedule.betas) - 1, (len(x_0),)).to(x_0.device)
     L_T, L = kl_divergence(Normal(schedule.signal[-1] * x_0, schedule.noise_std[-1]), Normal(0.0, 1.0)), 0
     for k in tqdm(range(n + 1), "bound"):

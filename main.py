@@ -10,8 +10,8 @@ The data: points of a heart or a swiss roll (the network sees one point, never t
 
 Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. Pictures count noise steps: 0 is data.
 Deviations from the paper: an MLP for the U-Net; no moving average of its weights (it gained nothing); betas
-times 1000 / T, so that x_T is noise for every T; t evenly spread in a batch; gradients clipped; x_0_hat
-clipped to the range of the data; on MNIST the network predicts x_0, not eps.
+times 1000 / T, so that x_T is noise for every T; t evenly spread in a batch; gradients clipped; a falling rate
+of learning; x_0_hat clipped to the range of the data; on MNIST the network predicts x_0, not eps.
 """
 
 # %% 1. Imports
@@ -130,7 +130,7 @@ def load_mnist(data_dir):
 
 
 def load_data(args, checkpoint=None):
-    """Training data (N, D) and other real data (M, D), standardised, and stats, the constants for that."""
+    """Training data (N, D), other real data (M, D), both standardised, and stats, the constants for that."""
     if args.dataset == "mnist" and checkpoint:  # sampling needs no digits
         return torch.empty(0, 784, device=args.device), None, checkpoint["stats"]
     if args.dataset == "mnist":
@@ -216,8 +216,8 @@ def predict_both(model, schedule, x_t, t):
 def loss_simple(model, schedule, x_0):
     """Algorithm 1, lines 3 to 5 before the gradient, eq. 14: a scalar for standardised data x_0 (B, D).
 
-    To predict eps, a network must pass noise through its hidden layers: easy for the 2 numbers of a point,
-    not for the 784 of a digit; x_0 is easier there: digits are few among images. The two differ by a weight,
+    To predict eps, a network must carry noise through its hidden layers: easy for the 2 numbers of a point,
+    not for the 784 of a digit, whose x_0 is easier, as digits fill little of that space. The losses differ by
     the signal-to-noise ratio: |eps - eps_hat|^2 = alpha_bar_t / (1 - alpha_bar_t) |x_0 - x_0_hat|^2.
     """
     B, T, device = len(x_0), len(schedule.betas), x_0.device
@@ -243,7 +243,7 @@ def p_sample_loop(model, schedule, shape, seed, bounds=(-math.inf, math.inf)):
         mean, variance = q_posterior(schedule, x_0_hat.clamp(*bounds), x, t)
         z = torch.randn(shape, generator=generator, device=device)
         x = mean + variance.sqrt() * z  # beta_tilde, one of the paper's two choices, is 0 at t = 0: no noise
-        yield step, x
+        yield step, x  # step counts the noise steps that are left in x: its t is step - 1
 
 
 # %% 9. Training
