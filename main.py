@@ -10,8 +10,8 @@ The data: points of a heart or a swiss roll (the network sees one point, never t
 
 Index: the code counts t = 0..T-1; the paper's t is the code's t + 1. Pictures count noise steps: 0 is data.
 Deviations from the paper: an MLP for the U-Net; no moving average of its weights (it gained nothing); betas
-times 1000 / T, so that x_T is noise for every T; t evenly spread in a batch; gradients clipped; a falling rate
-of learning; x_0_hat clipped to the range of the data; on MNIST the network predicts x_0, not eps.
+times 1000 / T, so that x_T is noise for every T; t evenly spread in a batch; gradients clipped; a learning
+rate that falls to 0; x_0_hat clipped to the range of the data; on MNIST the network predicts x_0, not eps.
 """
 
 # %% 1. Imports
