@@ -219,12 +219,14 @@ def bound(model, schedule, x_0, n, sampler="beta_tilde"):
 
 # %% 8. Network — appendix B; h is (B, C, H, W), temb is (B, 4 base_channels)
 def norm(C):
-    return nn.GroupNorm(math.gcd(32, C, max(1, C // 4)), C)  # the authors' 32 groups, if 128 divides C
+    """Group norm of h (B, C, H, W): the authors' 32 groups if 128 divides C, else 4 channels or more each."""
+    return nn.GroupNorm(math.gcd(32, C, max(1, C // 4)), C)
 
 
 def conv(C_in, C_out, size=3, stride=1, gain=1.0):
+    """A convolution with the authors' first weights, Glorot's times gain: with gain 0 its output is 0."""
     layer = nn.Conv2d(C_in, C_out, size, stride, size // 2)
-    nn.init.xavier_uniform_(layer.weight, gain)  # with gain = 0 the output is 0 before training
+    nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -280,8 +282,7 @@ class UNet(nn.Module):  # x_t (B, C S S) and t (B,) to eps_theta(x_t, t) (B, C S
             for layer in self.downs:
                 h = layer(h, temb) if isinstance(layer, ResBlock) else layer(h)
                 skips.append(h)
-            for layer in self.middle:
-                h = layer(h, temb)
+            h = self.middle[1](self.middle[0](h, temb), temb)
             for layer in self.ups:
                 h = torch.cat((h, skips.pop()), dim=1) if isinstance(layer, ResBlock) else h
                 h = layer(h, temb) if isinstance(layer, ResBlock) else layer(h)
