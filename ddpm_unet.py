@@ -375,7 +375,7 @@ def main(argv=None):
     frames, loop = [], p_sample_loop(ema, chain, (args.eval_batch_size, C * S * S), args.seed, args.sampler)
     for step, x, x_0_hat in tqdm(loop, "sampling", len(chain.betas) + 1):
         if step % max(1, len(chain.betas) // 50) == 0 or step == len(chain.betas):
-            frames.append(np.hstack([tile(part[:25], C) for part in (x, x_0_hat)]))
+            frames.append(np.insert(np.hstack([tile(y[:25], C) for y in (x, x_0_hat)]), [5 * S] * 4, 128, 1))
     save(out / "process.gif", imageio.mimsave, frames + frames[-1:] * 30, duration=100, loop=0)
     save(out / "samples.png", imageio.imwrite, tile(x[:100], C, 10))
     edge = (S - 28) // 2 * (args.dataset == "mnist")  # what pads a digit; not counted in bits per dimension

@@ -56,7 +56,8 @@ def fail(message):
 
 def parse_options(argv=None):
     """The options, complete, and the content of the file that --checkpoint or --resume names, or None."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    cuda = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    here = cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     parser = ArgumentParser("dpm_2015.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error, flag = fail, parser.add_argument
     flag("--dataset", choices=tuple(DATASETS), help="what to learn [swiss_roll]")
@@ -66,13 +67,12 @@ def parse_options(argv=None):
     flag("--resume", metavar="FILE", help="a model.pt to train on, up to --num_training_steps, in its folder")
     flag("--output_dir", metavar="DIR", help="[outputs/dpm_2015_DATASET; with --checkpoint …_samples]")
     flag("--data_dir", metavar="DIR", default="data", help="holds MNIST/raw, or will after a download [data]")
-    flag("--device", default=here[0], help="cuda, mps or cpu [the first of these that is there]")
+    flag("--device", default=here[0], help="cuda, mps or cpu [the first that is there]")
     args = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)  # notebook: none
-    try:
-        torch.zeros(1, device=args.device if args.device.split(":")[0] in here else "missing")
-    except RuntimeError:  # the name is unknown, or there is no cuda:7
-        fail(f"--device {args.device}: not on this machine or not in this build of torch; here: {here}")
     path = args.eval_path or args.resume
+    args.device += ":0" if args.device == "cuda" else ""
+    if args.device not in here:
+        fail(f"--device {args.device}: not on this machine or not in this build of torch; here: {here}")
     try:
         checkpoint = torch.load(path, args.device, weights_only=True) if path else None  # runs no code of it
         saved = {name: checkpoint["dpm_2015.py"][name] for name in ("dataset", *OPTIONS)} if path else {}

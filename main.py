@@ -52,23 +52,14 @@ OPTIONS = {  # the default for points, the default for digits, help; the first f
 
 def fail(message):
     """Bad input ends here: one line that names the flag, the value and the way out; exit status 2."""
-    tqdm.write(f"main.py: error: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"main.py: error: {message}", file=sys.stderr)  # on its own line, below a progress bar
     sys.exit(2)
-
-
-def pick_device(name):
-    """The name of the device to use, the quickest one for auto; one that is missing is an error."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    try:
-        name = here[0] if name == "auto" else name
-        torch.zeros(1, device=name if torch.device(name).type in here else "missing")  # cuda:7 fails here
-        return name
-    except RuntimeError:
-        fail(f"--device {name}: not on this machine or not in this build of torch; here: {', '.join(here)}")
 
 
 def parse_options(argv=None):
     """The options, complete, and the content of the file that --checkpoint names, or None."""
+    cuda = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    here = cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     parser = ArgumentParser("main.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error, flag = fail, parser.add_argument
     flag("--dataset", choices=("heart", "swiss_roll", "mnist"), help="what to learn [heart]")
@@ -79,15 +70,17 @@ def parse_options(argv=None):
     flag("--eval_path", "--checkpoint", metavar="FILE", help="a model.pt to sample from instead of training")
     flag("--output_dir", metavar="DIR", help="[outputs/DATASET; with --checkpoint outputs/DATASET_samples]")
     flag("--data_dir", metavar="DIR", default="data", help="holds MNIST/raw, or will after a download [data]")
-    flag("--device", default="auto", help="cuda, mps or cpu [the first of these that is there]")
+    flag("--device", default=here[0], help="cuda, mps or cpu [the first that is there]")
     args = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)  # notebook: none
-    args.device, checkpoint, saved = pick_device(args.device), None, {}
-    if args.eval_path:
-        try:
-            checkpoint = torch.load(args.eval_path, args.device, weights_only=True)  # runs no code from it
-            saved = {name: checkpoint["main.py"][name] for name in ("dataset", *OPTIONS)}
-        except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
-            fail(f"--checkpoint {args.eval_path}: {type(error).__name__}; give a model.pt that main.py wrote")
+    path = args.eval_path
+    args.device += ":0" if args.device == "cuda" else ""
+    if args.device not in here:
+        fail(f"--device {args.device}: not on this machine or not in this build of torch; here: {here}")
+    try:
+        checkpoint = torch.load(path, args.device, weights_only=True) if path else None  # runs no code of it
+        saved = {name: checkpoint["main.py"][name] for name in ("dataset", *OPTIONS)} if path else {}
+    except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
+        fail(f"--checkpoint {path}: {type(error).__name__}; give a model.pt of main.py")
     args.dataset = args.dataset or saved.get("dataset", "heart")
     for name, (points, digits, _) in OPTIONS.items():
         if getattr(args, name) is None:
@@ -98,8 +91,8 @@ def parse_options(argv=None):
         if isinstance(value, (int, float)) and not least <= value <= most:
             fail(f"--{name} {value}: give a number from {least} to {most}")
         if name in ("dataset", *OPTIONS)[:6] and value != saved.get(name, value):
-            fail(f"--{name} {value}: {args.eval_path} has {saved[name]}; leave the flag out")
-    args.output_dir = args.output_dir or f"outputs/{args.dataset}{'_samples' if checkpoint else ''}"
+            fail(f"--{name} {value}: {path} has {saved[name]}; leave the flag out")
+    args.output_dir = args.output_dir or f"outputs/{args.dataset}{'_samples' if path else ''}"
     return args, checkpoint
 
 
@@ -282,7 +275,7 @@ def train(model, schedule, x_0, stats, args):
     except KeyboardInterrupt:
         tqdm.write("training ended early; next come the samples") if losses else sys.exit(130)
     pause()
-    save_gif(out / "training.gif", frames)
+    save(out / "training.gif", imageio.mimsave, frames + frames[-1:] * 12, duration=250, loop=0)
     axes = Figure(layout="constrained").add_subplot(xlabel="training step", ylabel="loss", yscale="log")
     axes.plot(torch.stack(losses).cpu(), ".", color=BLUE, markersize=1)
     save(out / "loss.png", axes.figure.savefig)
@@ -322,20 +315,14 @@ def draw(title, x, colour, seen_by=(), columns=5):
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save(path, write):
-    """write(another name), then rename: the file is whole, or what it was before."""
+def save(path, write, *parts, **options):
+    """write(another name, *parts, **options), then rename: the file is whole, or what it was before."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary := path.with_name(f".{path.name}"))
+        write(temporary := path.with_name(f".{path.name}"), *parts, **options)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         fail(f"--output_dir {path.parent}: {error}; name a folder with room that can be written")
-
-
-def save_gif(path, frames):
-    """Frames (H, W, 3), 20 a second or as many as fill 4 seconds; the last stays for 3 seconds; it loops."""
-    milliseconds = [max(50, 4000 // len(frames))] * (len(frames) - 1) + [3000] if len(frames) > 1 else 3000
-    save(path, lambda path: imageio.mimsave(path, frames, duration=milliseconds, loop=0))
 
 
 # %% 11. The whole run
@@ -374,12 +361,12 @@ def main(argv=None):
             if len(data):
                 x_t = q_sample(schedule, data, torch.tensor([step - 1]), eps) if step else data
                 forward.insert(0, draw(f"data to noise: step {step} of {T}", x_t, BLUE, digits and seen_by))
-    save_gif(out / "process.gif", forward + reverse)
-    picture = draw("samples", x[: 5 * shown], ORANGE, columns=10)
-    save(out / "samples.png", lambda path: imageio.imwrite(path, picture))
+    frames = forward + reverse + reverse[-1:] * 50  # the last one stays for 3 seconds
+    save(out / "process.gif", imageio.mimsave, frames, duration=60, loop=0)
+    save(out / "samples.png", imageio.imwrite, draw("samples", x[: 5 * shown], ORANGE, columns=10))
     samples = (x * stats["scale"] + stats["shift"]).cpu().numpy()
     samples = samples.round().clip(0, 255).astype(np.uint8).reshape(-1, 28, 28) if digits else samples
-    save(out / "samples.npy", lambda path: np.save(path, samples))
+    save(out / "samples.npy", np.save, samples)
     metrics = {} if digits else {"sliced W2": sliced_w2(x, x_0), "of real points": sliced_w2(real, x_0)}
     if digits and not checkpoint:
         with torch.no_grad():
@@ -388,8 +375,7 @@ def main(argv=None):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     facts = {"options": vars(args), "versions": versions, "device": device, "precision": precision}
     facts |= {"seconds": round(time.perf_counter() - STARTED, 1), "metrics": metrics}
-    name = "sample.json" if checkpoint else "run.json"
-    save(out / name, lambda path: path.write_text(json.dumps(facts, indent=2)))
+    save(out / f"{'sample' if args.eval_path else 'run'}.json", Path.write_text, json.dumps(facts, indent=2))
     print(f"{out}:", *sorted(path.name for path in out.iterdir()))
     print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), f"({facts['seconds']} s)")
 

@@ -1061,7 +1061,7 @@ def test_values_that_make_no_sense(capsys, flag, value):
 
 
 def test_missing_device(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     line = refusal(capsys, ["--device", "cuda"])
     assert "--device cuda" in line and "cpu" in line
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
