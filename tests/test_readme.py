@@ -375,6 +375,18 @@ def test_functions_exist():
     assert named and missing == []
 
 
+def test_map_of_functions():
+    table = next(
+        part for part in re.split(r"\n\s*\n", README) if "| `p_sample_loop` | `p_sample_loop` |" in part
+    )
+    head, _, *rows = [re.findall(r"(?<=\|)[^|]*(?=\|)", line) for line in table.splitlines()]
+    scripts = [re.search("`(.+)`", cell)[1] for cell in head[1:]]
+    for cells in rows:
+        for script, cell in zip(scripts, cells[1:], strict=True):
+            assert set(re.findall("`(.+?)`", cell)) <= names_of(TREES[script]), (script, cell)
+    assert sorted(scripts) == sorted(SCRIPTS) and len(rows) > 5
+
+
 def test_files_that_runs_write():
     pattern = r"[\w-]+\.(?:gif|png|npy|pt|json)"
     written = {text for tree in TREES.values() for text in strings_of(tree) if re.fullmatch(pattern, text)}
