@@ -89,12 +89,9 @@ def heart(args, content):
     for axes, step in zip(row, (10, 40, 100)):
         t = torch.full((len(main.GRID),), step - 1)
         for model, colour in ((exact, BLUE), (network, ORANGE)):
-            noise = (
-                -model(main.GRID, t) * schedule.noise_std[t, None]
-            )  # the score times the variance of the noise
-            axes.quiver(
-                *main.GRID.T, *noise.T, color=colour, width=0.003, angles="xy", scale_units="xy", scale=5
-            )
+            move = -model(main.GRID, t) * schedule.noise_std[t, None]  # the score times the noise's variance
+            look = {"width": 0.003, "angles": "xy", "scale_units": "xy", "scale": 5}
+            axes.quiver(*main.GRID.T, *move.T, color=colour, **look)
         axes.set(title=f"step {step} of {args.num_timesteps}", xticks=(), yticks=(), aspect="equal")
     figure.savefig(OUT / "figure_score.png")
 
@@ -121,21 +118,22 @@ def roll(args, content):
         z_sigma = variance.clamp(max=1 - 1e-6).logit() - beta.logit()
         return torch.cat(((mean - keep * x_t) / beta.sqrt(), z_sigma), dim=1)
 
-    Ks = []
+    pairs = []  # K of the best and of the network, from the same x_0 and noise
     for t in range(1, args.num_timesteps):
-        x_0 = dpm_2015.draw_data(args, 2000, dpm_2015.CURVE["swiss_roll"]).double()
-        Ks.append(dpm_2015.bound(dpm_2015.Gaussian(betas), best, x_0, torch.full((2000,), t))[0].mean())
+        x_0 = dpm_2015.draw_data(args, 8000, dpm_2015.CURVE["swiss_roll"]).double()
+        draws = x_0, torch.full((8000,), t), torch.randn_like(x_0)
+        pairs.append([dpm_2015.bound(dpm_2015.Gaussian(betas), z, *draws)[0] for z in (best, model)])
+    Ks = torch.tensor([[K.mean() for K in pair] for pair in pairs]).mean(dim=0)
+    gaps = torch.stack([K - of_network for K, of_network in pairs])
+    error = gaps.var(dim=1).mean().div(gaps.numel()).sqrt()
+    print(f"swiss roll, K: best {Ks[0]:.3f}, network {Ks[1]:.3f}, gap {gaps.mean():.3f} +- {error:.3f} bits")
     process = dpm_2015.Gaussian(betas.float())
     exact = dpm_2015.evaluate(process, model.float(), args, dpm_2015.CURVE["swiss_roll"], None)
     training = content["Ks"][: len(content["Ks"]) // 20 * 20].view(-1, 20).mean(dim=1)
     figure, (axes,) = panels(1)
-    axes.plot(
-        torch.arange(len(training)) * 20 + 10,
-        training,
-        color=ORANGE,
-        label="K in training, means of 20 steps",
-    )
-    axes.axhline(torch.stack(Ks).mean(), color=BLUE, linestyle="--", label="best K for the learned betas")
+    steps = torch.arange(len(training)) * 20 + 10
+    axes.plot(steps, training, color=ORANGE, label="K in training, means of 20 steps")
+    axes.axhline(Ks[0], color=BLUE, linestyle="--", label="best K for the learned betas")
     axes.axhline(exact["exact log likelihood"], color=GREY, label="exact log likelihood")
     axes.set(xlabel="training step", ylabel="bits", ylim=(-4.2, 0))
     axes.legend()
