@@ -3,7 +3,7 @@
 A forward process turns images into Gaussian noise in T small steps, a U-Net learns to undo one such step, and
 undoing all of them turns noise into new images. Ho, Jain and Abbeel 2020, https://arxiv.org/abs/2006.11239.
 
-    python ddpm_unet.py                                     MNIST, 45 minutes on 2 CPU cores
+    python ddpm_unet.py                                     MNIST, 50 minutes on 2 CPU cores
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
     python ddpm_unet.py --checkpoint outputs/ddpm_unet_mnist/model.pt --nll 500    samples, bits per dimension
 
