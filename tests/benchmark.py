@@ -1,6 +1,6 @@
 """Measures, on the machine at hand, what the README claims, and prints it as a Markdown table.
 
-    python tests/benchmark.py                 8 minutes on 2 CPU cores; nothing else should run beside it
+    python tests/benchmark.py                 10 minutes on 2 CPU cores; nothing else should run beside it
     python tests/benchmark.py FOLDER DATA     Parzen window of FOLDER/samples.npy; DATA has MNIST/raw in it
 
 A time is that of a whole process, from the start of Python to the last file, or a median of repetitions.
