@@ -374,7 +374,7 @@ def main(argv=None):
     chain = make_schedule(T, device, args.sampling_steps)
     frames, loop = [], p_sample_loop(ema, chain, (args.eval_batch_size, C * S * S), args.seed, args.sampler)
     for step, x, x_0_hat in tqdm(loop, "sampling", len(chain.betas) + 1):
-        if step % max(1, len(chain.betas) // 50) == 0 or step == len(chain.betas):
+        if step % max(1, len(chain.betas) // 50) == 0 or step == len(chain.betas):  # a grey line between
             frames.append(np.insert(np.hstack([tile(y[:25], C) for y in (x, x_0_hat)]), [5 * S] * 4, 128, 1))
     save(out / "process.gif", imageio.mimsave, frames + frames[-1:] * 30, duration=100, loop=0)
     save(out / "samples.png", imageio.imwrite, tile(x[:100], C, 10))

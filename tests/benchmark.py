@@ -24,6 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from figures import exact_eps
+
 import ddpm_unet
 import dpm_2015
 import main
@@ -68,14 +70,8 @@ def heart():
     yield "as many random points of the heart", spread([m["of real points"] for m in metrics], 4)
     args, _ = main.parse_options(["--eval_batch_size", "2000", "--device", "cpu"])
     x_0, _, stats = main.load_data(args)
-    schedule, points = main.make_schedule(args.num_timesteps), x_0[::4]
-
-    def exact(x_t, t):  # E[eps | x_t] over the points of the curve: softmax of their log likelihoods
-        signal, noise_std = schedule.signal[t[0]], schedule.noise_std[t[0]]
-        weights = (-(torch.cdist(x_t, signal * points) ** 2) / (2 * noise_std**2)).softmax(dim=1)
-        return (x_t - signal * weights @ points) / noise_std
-
-    exact.predicts = "eps"
+    schedule = main.make_schedule(args.num_timesteps)
+    exact = exact_eps(schedule, x_0[::4])
     *_, (_, x) = main.p_sample_loop(exact, schedule, (2000, 2), seed=0, bounds=stats["bounds"])
     yield "samples of the exact network instead, 2,000", f"{main.sliced_w2(x, x_0):.4f}"
 
@@ -122,10 +118,8 @@ def unet():
     schedule = ddpm_unet.make_schedule(1000, device, 50)
     for sampler in ("ddim", "beta_tilde"):  # the time goes with the steps
         loop = lambda: list(ddpm_unet.p_sample_loop(net, schedule, (100, 784), 0, sampler))  # noqa: B023
-        yield (
-            f"U-Net, 100 digits in 50 steps ({sampler}), {args.precision}",
-            f"{median_seconds(loop, 3):.1f} s",
-        )
+        seconds = median_seconds(loop, 3)
+        yield f"U-Net, 100 digits in 50 steps ({sampler}), {args.precision}", f"{seconds:.1f} s"
 
 
 def parzen(samples, digits, sigma):
@@ -140,9 +134,8 @@ def parzen_window(folder, data_dir):
     samples = torch.from_numpy(np.load(Path(folder, "samples.npy"))).flatten(1) / 255
     train, test = (digits / 255 for digits in dpm_2015.load_mnist(data_dir))
     sigma = max(np.logspace(-1, 0, 10), key=lambda sigma: parzen(samples, train[:1000], sigma))
-    print(
-        f"Parzen window: {parzen(samples, test, sigma):.1f} bits, {len(samples)} samples, sigma {sigma:.3f}"
-    )
+    bits = parzen(samples, test, sigma)
+    print(f"Parzen window: {bits:.1f} bits, {len(samples)} samples, sigma {sigma:.3f}")
 
 
 if __name__ == "__main__":

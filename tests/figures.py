@@ -1,7 +1,7 @@
 """Draws the figures of the README from models that the three scripts have trained with their defaults.
 
 python main.py && python dpm_2015.py && python ddpm_unet.py
-python tests/figures.py               half a minute after that; into images/
+python tests/figures.py               a minute after that; into images/
 """
 
 import gzip
