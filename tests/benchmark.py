@@ -83,6 +83,7 @@ def dpm():
     yield "its K, bits", spread([m["K"] for m in metrics], 2)
     yield "exact log likelihood, bits", spread([m["exact log likelihood"] for m in metrics], 2)
     args, (shift, scale) = dpm_2015.parse_options(["--device", "cpu"])[0], dpm_2015.SCALING["swiss_roll"]
+    torch.manual_seed(0)
     data = [dpm_2015.draw_data(args, n, dpm_2015.CURVE["swiss_roll"]) for n in (10**6, *[10_000] * 8)]
     distances = [main.sliced_w2((torch.from_numpy(x) - shift) / scale, data[0]) for x in samples]
     yield "its samples, sliced W2 to the swiss roll", spread(distances, 4)
