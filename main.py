@@ -43,8 +43,7 @@ def heart():
 def swiss_roll():
     """Return 8000 points (8000, 2) along a spiral, plus noise of standard deviation 0.01."""
     u = torch.linspace(1.5 * torch.pi, 4.5 * torch.pi, 8000)
-    spiral = torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10
-    return spiral + 0.01 * torch.randn(8000, 2)
+    return torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10 + 0.01 * torch.randn(8000, 2)
 
 
 DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data adds MNIST and your own files
@@ -52,11 +51,10 @@ DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data adds MNIST an
 
 def standardise(data):
     """Return x_0 = (data - shift) / scale, shift and scale, given data (N, D)."""
-    # The noise has variance 1. If x_0 has it too, so does x_t for every t.
-    shift = data.mean(dim=0)
-    scale = data.var(dim=0).mean().sqrt()
-    if data.shape[1] == 784:  # digits go from 0..255 to -1..1, as in section 3.3
-        shift = scale = torch.tensor(127.5)
+    if data.shape[1] == 784:
+        shift = scale = torch.tensor(127.5)  # from 0..255 to -1..1, as in section 3.3
+    else:  # mean 0 and variance 1, like the noise: then x_t has variance 1 for every t
+        shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
 
@@ -66,16 +64,18 @@ def make_schedule(T):
     # The paper's betas are made for T = 1000. A shorter chain needs larger steps. Otherwise
     # x_T would still contain data, but sampling starts from pure noise. We compute in float64,
     # because float32 would lose most digits of 1 - alpha_bar while alpha_bar is close to 1.
-    betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+    betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
     betas = betas.clamp(max=0.999)  # T = 20 would end with 1, and p_sample would divide by 0
     alpha_bars = (1 - betas).cumprod(dim=0)  # most code calls this alphas_cumprod
     alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)
-    return SimpleNamespace(
-        betas=betas.float(),
-        signal=alpha_bars.sqrt().float(),
-        noise_std=(1 - alpha_bars).sqrt().float(),
-        posterior_std=(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)).sqrt().float(),
-    )
+    schedule = {
+        "betas": betas,
+        "signal": alpha_bars.sqrt(),
+        "noise_std": (1 - alpha_bars).sqrt(),
+        "posterior_std": (betas * (1 - alpha_bars_prev) / (1 - alpha_bars)).sqrt(),
+    }
+    device = torch.get_default_device()
+    return SimpleNamespace(**{name: x.float().to(device) for name, x in schedule.items()})
 
 
 # %% 3. Forward process. t is (B,), so signal[t, None] is (B, 1): a factor for each row of x_0
@@ -111,7 +111,7 @@ class MLP(nn.Module):
     def forward(self, x_t, t):
         inputs = [x_t]
         if x_t.shape[1] == 2:
-            # With scale 25 the shortest wave is 0.25 long. The data are about 4 wide.
+            # The shortest wave is 2 pi / 25 = 0.25 long, while the data are about 4 wide.
             inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]
         temb = sinusoidal_embedding(t, self.embedding_size, self.time_scale)
         h = F.silu(self.first(torch.cat((*inputs, temb), dim=1)))  # (B, hidden_size)
@@ -125,8 +125,8 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D): L_simple, eq. 14.
 
     It drops the weights beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) of the bound (eq. 12),
-    so that small t, whose noise is too weak to see, count less. With digits the network predicts
-    x_0, because 784 values of noise do not fit through its hidden layers.
+    so that small t, whose noise is too weak to see, count less. For digits we predict x_0, since
+    784 values of noise do not fit through the hidden layers.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -138,11 +138,7 @@ def loss_simple(model, schedule, x_0, predict):
 
 # %% 6. Sampling
 def p_sample(model, schedule, x_t, step, predict, limit):
-    """Take one step of Algorithm 2: return x_{t-1} (B, D), given x_t (B, D) and t = step.
-
-    The paper also tries beta_t for the variance, in place of the posterior's beta_tilde_t. They
-    differ in the last few steps, near the data, and work equally well (section 3.2).
-    """
+    """Take one step of Algorithm 2: return x_{t-1} (B, D), given x_t (B, D) and t = step."""
     beta = schedule.betas[step]
     signal = schedule.signal[step]
     noise_std = schedule.noise_std[step]
@@ -153,7 +149,8 @@ def p_sample(model, schedule, x_t, step, predict, limit):
     x_0_hat = x_0_hat.clamp(-limit, limit)
     eps_hat = (x_t - signal * x_0_hat) / noise_std
     mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4, which equals eq. 7
-    return mean + schedule.posterior_std[step] * torch.randn_like(x_t)  # no noise at step 0
+    # The variance is beta_tilde_t, 0 at step 0. The paper's other choice, beta_t, differs little.
+    return mean + schedule.posterior_std[step] * torch.randn_like(x_t)
 
 
 @torch.no_grad()
@@ -187,7 +184,7 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
                 optimizer.step()
             bar.set_postfix(loss=f"{loss:.4f}")
             if not loss.isfinite():
-                sys.exit("main.py: error: the loss is not finite: try a smaller --learning_rate")
+                raise OSError("the loss is not finite: try a smaller --learning_rate")
     except KeyboardInterrupt:
         print("Training ends early. Next come the samples.")
     save_checkpoint(out / "model.pt", model, config)
@@ -220,9 +217,8 @@ def draw(title, x, colour, data):
         grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5, pad_value=1)
         axes.imshow(grid[0], cmap="gray", vmin=-1, vmax=1)
     axes.set_axis_off()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    pixels, (width, height) = FigureCanvasAgg(figure).print_to_buffer()
+    return np.frombuffer(pixels, np.uint8).reshape(height, width, 4)[..., :3]
 
 
 def animate(model, schedule, config, out, num_samples, every):
@@ -264,6 +260,7 @@ DIGITS = {  # the defaults for mnist; those for points are in parse_options
     "hidden_layers": 4,
     "train_batch_size": 256,
     "num_epochs": 30,
+    "threads": torch.get_num_threads(),
 }
 
 
@@ -279,9 +276,9 @@ def load_data(name, data_dir):
         points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
         points = torch.from_numpy(points.astype(np.float32))
     except (OSError, ValueError, EOFError, RuntimeError) as error:
-        sys.exit(f"main.py: error: --dataset {name}: {error}; choose {DATA_HELP}")
+        raise OSError(f"--dataset {name}: {error}; choose {DATA_HELP}") from error
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < 100 or not points.std() > 0:
-        sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 finite numbers")
+        raise OSError(f"--dataset {name}: need 100 or more rows of 2 finite numbers")
     return points
 
 
@@ -304,13 +301,14 @@ def load_checkpoint(path, device):
         names = [*MODEL, "shift", "scale", "limit", "examples", "weights"]
         return {name: checkpoint[name] for name in names}
     except (KeyError, TypeError, EOFError, RuntimeError, UnpicklingError) as error:
-        sys.exit(f"main.py: error: --checkpoint {path}: damaged, or not from main.py: {error}")
+        raise OSError(f"--checkpoint {path}: damaged, or lacks {str(error)[:25]}") from error
 
 
 def parse_options(argv):
     """Return the parsed options and, if there is one, the checkpoint."""
-    devices = [str(torch.accelerator.current_accelerator(check_available=True) or "cpu"), "cpu"]
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    device = str(torch.accelerator.current_accelerator(True) or "cpu")
+    parser = ArgumentParser("main.py", formatter_class=RawDescriptionHelpFormatter)
+    parser.usage, parser.description = "main.py [options]", __doc__
     flag = parser.add_argument
     flag("--dataset", default="heart", help=DATA_HELP)
     flag("--num_timesteps", type=int, default=200, help="number of diffusion steps T")
@@ -327,14 +325,14 @@ def parse_options(argv):
     flag("--output_dir", help="folder for all files [outputs/NAME]")
     flag("--data_dir", default="data", help="holds MNIST/raw, or will")
     flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
-    flag("--device", choices=devices, default=devices[0], help="where to compute")
+    flag("--threads", type=int, default=1, help="of the CPU; small networks gain little from more")
+    flag("--device", choices=sorted({device, "cpu"}), default=device, help="where to compute")
     args = parser.parse_args(argv)
     if args.dataset == "mnist":
         parser.set_defaults(**DIGITS)
         args = parser.parse_args(argv)
     config = {} if args.checkpoint is None else load_checkpoint(args.checkpoint, args.device)
-    if config:
-        vars(args).update({name: config[name] for name in MODEL})
+    vars(args).update({name: config[name] for name in MODEL if config})
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 1_000_000:
             parser.error(f"--{name} {value}: must be positive, and at most 1,000,000")
@@ -347,7 +345,8 @@ def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
     started = time.perf_counter()
     args, config = parse_options(argv)
-    print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
+    torch.set_num_threads(args.threads)
+    print(f"device: {args.device}, {args.threads} CPU threads")
     torch.set_default_device(args.device)
     torch.manual_seed(args.seed)
     name = Path(args.dataset).stem + ("_samples" if config else "")
@@ -383,7 +382,6 @@ def main(argv=None):
         "energy distance": distance,
         "energy distance of real data": best,
         "seconds": round(time.perf_counter() - started, 1),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
     (out / "run.json").write_text(json.dumps(facts, indent=2))
@@ -395,5 +393,7 @@ if __name__ == "__main__":
         main([] if "ipykernel" in sys.modules else None)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(f"main.py: error: {error}")
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(f"main.py: error: {' '.join(str(error).split())}")
