@@ -9,7 +9,7 @@ New data come from fresh noise, by undoing all steps. Paper: https://arxiv.org/a
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
 Each training example is one point or one digit, never a picture of the whole heart.
-We count steps t = 0..T-1. The paper counts 1..T, so its t is our t + 1.
+x_0 is data and x_T is noise. The paper counts the steps t = 1..T. Our index t is one less, 0..T-1.
 B is the batch size and D the length of an example: 2 for points, 28 * 28 = 784 for digits.
 """
 
@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 # %% 1. Data
 def heart():
-    """Return 8000 points (8000, 2), evenly spaced along a heart-shaped curve."""
-    u = 2 * torch.pi * torch.arange(8000) / 8000
+    """Return 8000 points (8000, 2) on a heart-shaped curve."""
+    u = torch.linspace(0, 2 * torch.pi, 8000)
     y = 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos()
-    return torch.stack((16 * u.sin() ** 3, y), dim=1) / 5
+    x = 16 * u.sin() ** 3
+    return torch.stack((x, y), dim=1) / 5
 
 
 def swiss_roll():
@@ -46,14 +47,14 @@ def swiss_roll():
     return torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10 + 0.01 * torch.randn(8000, 2)
 
 
-DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data adds MNIST and your own files
+DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # see load_data for MNIST and files
 
 
 def standardise(data):
-    """Return x_0 = (data - shift) / scale, shift and scale, given data (N, D)."""
+    """Return (x_0, shift, scale) with x_0 = (data - shift) / scale, given data (N, D)."""
     if data.shape[1] == 784:
         shift = scale = torch.tensor(127.5)  # from 0..255 to -1..1, as in section 3.3
-    else:  # mean 0 and variance 1, like the noise: then x_t has variance 1 for every t
+    else:  # mean 0 and average variance 1, like the noise: then x_t has them for every t
         shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
@@ -61,16 +62,15 @@ def standardise(data):
 # %% 2. Noise schedule: section 4 of the paper
 def make_schedule(T):
     """Return all that depends on t alone, as tensors (T,)."""
-    # The paper's betas are made for T = 1000. A shorter chain needs larger steps. Otherwise
-    # x_T would still contain data, but sampling starts from pure noise. We compute in float64,
-    # because float32 would lose most digits of 1 - alpha_bar while alpha_bar is close to 1.
+    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). Betas times
+    # 1000 / T end in noise for every T, not only the paper's 1000. float32 would be too coarse.
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
     betas = betas.clamp(max=0.999)  # T = 20 would end with 1, and p_sample would divide by 0
-    alpha_bars = (1 - betas).cumprod(dim=0)  # most code calls this alphas_cumprod
+    alpha_bars = (1 - betas).cumprod(dim=0)  # the data's share of the variance; alphas_cumprod
     alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)
     schedule = {
         "betas": betas,
-        "signal": alpha_bars.sqrt(),
+        "signal": alpha_bars.sqrt(),  # x_t = signal x_0 + noise_std eps, eq. 4
         "noise_std": (1 - alpha_bars).sqrt(),
         "posterior_std": (betas * (1 - alpha_bars_prev) / (1 - alpha_bars)).sqrt(),
     }
@@ -78,16 +78,15 @@ def make_schedule(T):
     return SimpleNamespace(**{name: x.float().to(device) for name, x in schedule.items()})
 
 
-# %% 3. Forward process. t is (B,), so signal[t, None] is (B, 1): a factor for each row of x_0
+# %% 3. Forward process
 def q_sample(schedule, x_0, t, eps):
-    """Return x_t (B, D), a sample from q(x_t | x_0) made with the noise eps (B, D): eq. 4."""
+    """Return x_t (B, D): x_0 (B, D) after the noise of steps 0 to t (B,), all at once (eq. 4)."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
 
 
 # %% 4. Network
 def sinusoidal_embedding(x, size, scale):
-    """Turn numbers (B,) into sines and cosines (B, size), in which an MLP sees fine detail."""
-    # As DDPM embeds t, 10,000 included. For coordinates see https://arxiv.org/abs/2006.10739.
+    """Turn numbers (B,) into sines and cosines (B, size), as DDPM does with t (10,000 included)."""
     frequencies = scale * 10_000 ** -torch.linspace(0, 1, size // 2)
     angles = x[:, None] * frequencies  # (B, size / 2)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
@@ -111,7 +110,7 @@ class MLP(nn.Module):
     def forward(self, x_t, t):
         inputs = [x_t]
         if x_t.shape[1] == 2:
-            # The shortest wave is 2 pi / 25 = 0.25 long, while the data are about 4 wide.
+            # Waves from 2 pi / 25 = 0.25 on show fine detail (https://arxiv.org/abs/2006.10739).
             inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]
         temb = sinusoidal_embedding(t, self.embedding_size, self.time_scale)
         h = F.silu(self.first(torch.cat((*inputs, temb), dim=1)))  # (B, hidden_size)
@@ -125,8 +124,8 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D): L_simple, eq. 14.
 
     It drops the weights beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) of the bound (eq. 12),
-    so that small t, whose noise is too weak to see, count less. For digits we predict x_0, since
-    784 values of noise do not fit through the hidden layers.
+    which are largest at small t, where noise is too weak to see. With digits we predict x_0, not
+    eps: noise fills all 784 dimensions, more than an MLP can pass on, and digits only a few.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -138,24 +137,23 @@ def loss_simple(model, schedule, x_0, predict):
 
 # %% 6. Sampling
 def p_sample(model, schedule, x_t, step, predict, limit):
-    """Take one step of Algorithm 2: return x_{t-1} (B, D), given x_t (B, D) and t = step."""
+    """Take one step of Algorithm 2: remove the noise of this step from x_t (B, D)."""
     beta = schedule.betas[step]
     signal = schedule.signal[step]
     noise_std = schedule.noise_std[step]
     output = model(x_t, torch.full((len(x_t),), step))
-    from_eps = (x_t - noise_std * output) / signal  # eq. 4, solved for x_0
-    x_0_hat = {"eps": from_eps, "x_0": output}[predict]
-    # At large t, a small error of eps_hat is a large one of x_0_hat. So we clip it to the data.
-    x_0_hat = x_0_hat.clamp(-limit, limit)
+    x_0_hats = {"eps": (x_t - noise_std * output) / signal, "x_0": output}  # eq. 15
+    # At large t, a small error of the network is a large one of x_0_hat, so the authors clip it.
+    x_0_hat = x_0_hats[predict].clamp(-limit, limit)
     eps_hat = (x_t - signal * x_0_hat) / noise_std
-    mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4, which equals eq. 7
-    # The variance is beta_tilde_t, 0 at step 0. The paper's other choice, beta_t, differs little.
+    mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4: eq. 7 of x_0_hat
+    # The variance is beta_tilde_t of eq. 7, 0 in the last step. The paper also tries beta_t (3.2).
     return mean + schedule.posterior_std[step] * torch.randn_like(x_t)
 
 
 @torch.no_grad()
 def p_sample_loop(model, schedule, shape, predict, limit):
-    """Run Algorithm 2 and yield (steps left, x): first (T, x_T), last (0, x_0); x has shape."""
+    """Run Algorithm 2 for x of this shape. Yield (noise steps left, x): (T, x_T) to (0, x_0)."""
     x = torch.randn(shape)  # line 1
     yield len(schedule.betas), x
     for step in reversed(range(len(schedule.betas))):
@@ -166,8 +164,8 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 # %% 7. Training
 def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_rate):
     """Train by Algorithm 1. Write model.pt and training.gif into the folder out."""
-    optimizer = torch.optim.Adam(model.parameters())
-    snapshot_epochs = [num_epochs * k**2 // 100 for k in range(10)]  # closer at the start
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    snapshot_epochs = [num_epochs * k**2 // 36 for k in range(6)]  # more of them early
     frames = []
     bar = tqdm(range(num_epochs), "training")
     try:
@@ -184,7 +182,7 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
                 optimizer.step()
             bar.set_postfix(loss=f"{loss:.4f}")
             if not loss.isfinite():
-                raise OSError("the loss is not finite: try a smaller --learning_rate")
+                sys.exit("main.py: error: the loss is not finite: try a smaller --learning_rate")
     except KeyboardInterrupt:
         print("Training ends early. Next come the samples.")
     save_checkpoint(out / "model.pt", model, config)
@@ -194,10 +192,11 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
 
 def snapshot(model, schedule, config, epoch):
     """Return a picture of samples after so many epochs."""
-    shape = config["examples"][:400].shape
+    examples = config["examples"]
+    shape = examples[:300].shape
     for _, x in p_sample_loop(model, schedule, shape, config["predict"], config["limit"]):
         pass
-    return draw(f"after {epoch} epochs", x, "tab:orange", config["examples"])
+    return draw(f"after {epoch} epochs", x, "tab:orange", examples)
 
 
 # %% 8. Pictures
@@ -210,11 +209,11 @@ def draw(title, x, colour, data):
         limit = 1.3 * data.abs().max().item()
         axes.axis((-limit, limit, -limit, limit))
         axes.scatter(*data[:1000].T.cpu(), s=16, color="tab:blue", alpha=0.05, linewidths=0)
-        axes.scatter(*x[:400].T.cpu(), s=9, color=colour, linewidths=0)
+        axes.scatter(*x[:300].T.cpu(), s=9, color=colour, linewidths=0)
     else:
         from torchvision.utils import make_grid
 
-        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5, pad_value=1)
+        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)
         axes.imshow(grid[0], cmap="gray", vmin=-1, vmax=1)
     axes.set_axis_off()
     pixels, (width, height) = FigureCanvasAgg(figure).print_to_buffer()
@@ -243,14 +242,14 @@ def animate(model, schedule, config, out, num_samples, every):
 
 
 def energy_distance(a, b):
-    """Return the energy distance of samples a (N, D) and b (M, D): 0 for equal distributions."""
+    """Return the energy distance of samples a (N, D) and b (M, D), near 0 if they are alike."""
     within = torch.cdist(a, a).mean() + torch.cdist(b, b).mean()
     return (2 * torch.cdist(a, b).mean() - within).item()
 
 
 # %% 9. Files and command line
 DATA_HELP = ", ".join(DATASETS) + (
-    ", a .npy or .csv file with two numbers in each row, or mnist (without a network: put "
+    ", a .npy or .csv file with two numbers in each row, or mnist (offline: put "
     "{train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
 )
 MODEL = ["dataset", "predict", "num_timesteps", "embedding_size", "hidden_size", "hidden_layers"]
@@ -279,7 +278,7 @@ def load_data(name, data_dir):
         raise OSError(f"--dataset {name}: {error}; choose {DATA_HELP}") from error
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < 100 or not points.std() > 0:
         raise OSError(f"--dataset {name}: need 100 or more rows of 2 finite numbers")
-    return points
+    return points.repeat(-(-8000 // len(points)), 1)  # so that an epoch has at least 8000 examples
 
 
 def save_checkpoint(path, model, config):
@@ -295,7 +294,7 @@ def save_checkpoint(path, model, config):
 
 
 def load_checkpoint(path, device):
-    """Return what save_checkpoint wrote, or end the program."""
+    """Return what save_checkpoint wrote."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         names = [*MODEL, "shift", "scale", "limit", "examples", "weights"]
@@ -325,14 +324,15 @@ def parse_options(argv):
     flag("--output_dir", help="folder for all files [outputs/NAME]")
     flag("--data_dir", default="data", help="holds MNIST/raw, or will")
     flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
-    flag("--threads", type=int, default=1, help="of the CPU; small networks gain little from more")
-    flag("--device", choices=sorted({device, "cpu"}), default=device, help="where to compute")
+    flag("--threads", type=int, default=1, help="CPU threads; small networks gain little")
+    flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
-    if args.dataset == "mnist":
+    config = {} if args.checkpoint is None else load_checkpoint(args.checkpoint, args.device)
+    if config.get("dataset", args.dataset) == "mnist":
         parser.set_defaults(**DIGITS)
         args = parser.parse_args(argv)
-    config = {} if args.checkpoint is None else load_checkpoint(args.checkpoint, args.device)
-    vars(args).update({name: config[name] for name in MODEL if config})
+    if config:  # the network is that of the checkpoint, whatever the flags say
+        vars(args).update({name: config[name] for name in MODEL})
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 1_000_000:
             parser.error(f"--{name} {value}: must be positive, and at most 1,000,000")
@@ -381,7 +381,7 @@ def main(argv=None):
         "options": vars(args),
         "energy distance": distance,
         "energy distance of real data": best,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": time.perf_counter() - started,
         "torch": torch.__version__,
     }
     (out / "run.json").write_text(json.dumps(facts, indent=2))
@@ -390,10 +390,10 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main([] if "ipykernel" in sys.modules else None)
+        main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         sys.exit(f"main.py: error: {' '.join(str(error).split())}")
