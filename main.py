@@ -213,7 +213,7 @@ def draw(title, x, colour, data):
     else:
         from torchvision.utils import make_grid
 
-        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)
+        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), 5)
         axes.imshow(grid[0], cmap="gray", vmin=-1, vmax=1)
     axes.set_axis_off()
     pixels, (width, height) = FigureCanvasAgg(figure).print_to_buffer()
@@ -355,7 +355,7 @@ def main(argv=None):
         data = load_data(args.dataset, args.data_dir).to(args.device)
         config = {name: getattr(args, name) for name in MODEL}
         x_0, config["shift"], config["scale"] = standardise(data)
-        config["limit"] = x_0.abs().max().item()
+        config["limit"] = x_0.abs().max()
         config["examples"] = x_0[torch.randperm(len(x_0))[:8000]]
     examples = config["examples"]
     D = examples.shape[1]
