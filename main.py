@@ -37,8 +37,7 @@ def heart():
     """Return 8000 points (8000, 2) on a heart-shaped curve."""
     u = torch.linspace(0, 2 * torch.pi, 8000)
     y = 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos()
-    x = 16 * u.sin() ** 3
-    return torch.stack((x, y), dim=1) / 5
+    return torch.stack((16 * u.sin() ** 3, y), dim=1) / 5
 
 
 def swiss_roll():
@@ -164,7 +163,7 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 # %% 7. Training
 def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_rate):
     """Train by Algorithm 1. Write model.pt and training.gif into the folder out."""
-    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    optimizer = torch.optim.Adam(model.parameters())
     snapshot_epochs = [num_epochs * k**2 // 36 for k in range(6)]  # more of them early
     frames = []
     bar = tqdm(range(num_epochs), "training")
@@ -173,7 +172,8 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
             if epoch in snapshot_epochs:
                 save_checkpoint(out / "model.pt", model, config)
                 frames.append(snapshot(model, schedule, config, epoch))
-            optimizer.param_groups[0]["lr"] = learning_rate * (1 - epoch / num_epochs)
+            rate = min((epoch + 1) / 5, 1 - epoch / num_epochs)  # rises, then falls to 0
+            optimizer.param_groups[0]["lr"] = learning_rate * rate
             for batch in torch.randperm(len(x_0)).split(batch_size):
                 loss = loss_simple(model, schedule, x_0[batch], config["predict"])
                 optimizer.zero_grad()
@@ -192,11 +192,10 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
 
 def snapshot(model, schedule, config, epoch):
     """Return a picture of samples after so many epochs."""
-    examples = config["examples"]
-    shape = examples[:300].shape
+    shape = config["examples"][:300].shape
     for _, x in p_sample_loop(model, schedule, shape, config["predict"], config["limit"]):
         pass
-    return draw(f"after {epoch} epochs", x, "tab:orange", examples)
+    return draw(f"after {epoch} epochs", x, "tab:orange", config["examples"])
 
 
 # %% 8. Pictures
@@ -258,7 +257,8 @@ DIGITS = {  # the defaults for mnist; those for points are in parse_options
     "hidden_size": 768,
     "hidden_layers": 4,
     "train_batch_size": 256,
-    "num_epochs": 30,
+    "num_epochs": 34,
+    "learning_rate": 4e-3,
     "threads": torch.get_num_threads(),
 }
 
@@ -317,7 +317,7 @@ def parse_options(argv):
     flag("--hidden_layers", type=int, default=2, help="residual blocks")
     flag("--train_batch_size", type=int, default=1000, help="examples in a training step")
     flag("--num_epochs", type=int, default=300, help="passes over the data")
-    flag("--learning_rate", type=float, default=5e-3, help="at the start; it falls to 0")
+    flag("--learning_rate", type=float, default=1e-2, help="its highest value")
     flag("--eval_batch_size", "--num_samples", type=int, default=2000, help="samples to draw")
     flag("--show_image_step", type=int, default=5, help="diffusion steps between two frames")
     flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")

@@ -1,15 +1,16 @@
 """Measures, on the machine at hand, what the README claims, and prints it as a Markdown table.
 
-    python tests/benchmark.py                 10 minutes on 2 CPU cores; nothing else should run beside it
-    python tests/benchmark.py FOLDER DATA     Parzen window of FOLDER/samples.npy; DATA has MNIST/raw in it
+    python tests/benchmark.py                 12 minutes on 2 CPU cores, with nothing else running
+    python tests/benchmark.py FOLDER DATA     Parzen window of FOLDER/samples.npy; DATA/MNIST/raw
 
-A time is that of a whole process, from the start of Python to the last file, or a median of repetitions.
+A time is that of a whole process, from the start of Python to the last file, or a median.
 """
 
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -44,50 +45,70 @@ def median_seconds(work, repetitions=5):
     return statistics.median(seconds)
 
 
-def whole_runs(script, runs):
-    """Seconds, metrics and samples of whole processes of a script, with seeds 0 to runs - 1."""
+def whole_runs(script, runs, *options):
+    """Seconds, run.json and samples of whole processes of a script, with seeds 0 to runs - 1."""
     found = []
     for seed in range(runs):
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, ROOT / script, "--seed", str(seed), "--output_dir", out]
             start = time.perf_counter()
-            subprocess.run(command, check=True, capture_output=True, cwd=out)
+            subprocess.run([*command, *options], check=True, capture_output=True, cwd=out)
             seconds = time.perf_counter() - start
-            metrics = json.loads(Path(out, "run.json").read_text())["metrics"]
-            found.append((seconds, metrics, np.load(Path(out, "samples.npy"))))
+            facts = json.loads(Path(out, "run.json").read_text())
+            found.append((seconds, facts, np.load(Path(out, "samples.npy"))))
     return zip(*found)
 
 
 def spread(values, digits):
-    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """Mean and range, as text."""
+    mean, low, high = statistics.mean(values), min(values), max(values)
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def sliced_w2(a, b):
+    """Sliced Wasserstein-2 distance of points (N, 2), (M, 2): rms over directions and quantiles."""
+    angles, levels = torch.arange(128) * math.pi / 128, (torch.arange(1000) + 0.5) / 1000
+    directions = torch.stack((angles.cos(), angles.sin()))  # (2, 128)
+    # two tensors (1000, 128): the quantiles along each direction
+    a, b = ((x @ directions).sort(dim=0)[0][(levels * len(x)).long()] for x in (a, b))
+    return (a - b).square().mean().sqrt().item()
 
 
 def heart():
-    """The default run of main.py, and what its sampler does with the exact eps of the training data."""
-    seconds, metrics, _ = whole_runs("main.py", 5)
+    """The default run of main.py; what its sampler does with the exact eps of the curve."""
+    seconds, _, _ = whole_runs("main.py", 3)
     yield "`python main.py`, whole process", f"{spread(seconds, 1)} s"
-    yield "its samples, sliced W2 to the heart", spread([m["sliced W2"] for m in metrics], 4)
-    yield "as many random points of the heart", spread([m["of real points"] for m in metrics], 4)
-    args, _ = main.parse_options(["--eval_batch_size", "2000", "--device", "cpu"])
-    x_0, _, stats = main.load_data(args)
+    N = 10_000
+    curve = main.heart()
+    x_0, _, scale = main.standardise(curve)
+    _, _, samples = whole_runs("main.py", 5, "--num_samples", str(N))
+    distances = [sliced_w2(torch.from_numpy(x) / scale, curve / scale) for x in samples]
+    yield "its samples, sliced W2 to the heart", spread(distances, 4)
+    torch.manual_seed(0)
+    real = [sliced_w2(x_0[torch.randint(len(x_0), (N,))], x_0) for _ in range(5)]
+    yield "as many random points of the heart", spread(real, 4)
+    args, _ = main.parse_options(["--device", "cpu"])
     schedule = main.make_schedule(args.num_timesteps)
     exact = exact_eps(schedule, x_0[::4])
-    *_, (_, x) = main.p_sample_loop(exact, schedule, (2000, 2), seed=0, bounds=stats["bounds"])
-    yield "samples of the exact network instead, 2,000", f"{main.sliced_w2(x, x_0):.4f}"
+    torch.manual_seed(0)
+    *_, (_, x) = main.p_sample_loop(exact, schedule, (N, 2), "eps", x_0.abs().max().item())
+    yield "samples of the exact network instead", f"{sliced_w2(x, x_0):.4f}"
 
 
 def dpm():
     """The default run of dpm_2015.py."""
-    seconds, metrics, samples = whole_runs("dpm_2015.py", 3)
+    seconds, facts, samples = whole_runs("dpm_2015.py", 3)
+    metrics = [f["metrics"] for f in facts]
     yield "`python dpm_2015.py`, whole process", f"{spread(seconds, 1)} s"
     yield "its K, bits", spread([m["K"] for m in metrics], 2)
     yield "exact log likelihood, bits", spread([m["exact log likelihood"] for m in metrics], 2)
-    args, (shift, scale) = dpm_2015.parse_options(["--device", "cpu"])[0], dpm_2015.SCALING["swiss_roll"]
+    args, _ = dpm_2015.parse_options(["--device", "cpu"])
+    (shift, scale), curve = dpm_2015.SCALING["swiss_roll"], dpm_2015.CURVE["swiss_roll"]
     torch.manual_seed(0)
-    data = [dpm_2015.draw_data(args, n, dpm_2015.CURVE["swiss_roll"]) for n in (10**6, *[10_000] * 8)]
-    distances = [main.sliced_w2((torch.from_numpy(x) - shift) / scale, data[0]) for x in samples]
+    data = [dpm_2015.draw_data(args, n, curve) for n in (10**6, *[10_000] * 8)]
+    distances = [sliced_w2((torch.from_numpy(x) - shift) / scale, data[0]) for x in samples]
     yield "its samples, sliced W2 to the swiss roll", spread(distances, 4)
-    real = [main.sliced_w2(x, data[0]) for x in data[1:]]
+    real = [sliced_w2(x, data[0]) for x in data[1:]]
     yield "as many random points of the swiss roll", spread(real, 4)
 
 
@@ -112,7 +133,8 @@ def unet():
         peak = 2 * 2048**3 / median_seconds(lambda a=a: a @ a, 10)
         seconds = median_seconds(step)
         share = counter.get_total_flops() / seconds / peak
-        text = f"{B / seconds:.0f} images/s, {share:.0%} of the matrix products' {peak / 1e9:.0f} GFLOPS"
+        speed = f"{B / seconds:.0f} images/s"
+        text = f"{speed}, {share:.0%} of the matrix products' {peak / 1e9:.0f} GFLOPS"
         yield f"U-Net, training in {precision}, batches of {B}", text
     args, _ = ddpm_unet.parse_options([])
     net = ddpm_unet.UNet(args, 1).to(device).eval().requires_grad_(False)
@@ -124,14 +146,16 @@ def unet():
 
 
 def parzen(samples, digits, sigma):
-    """Mean log likelihood in bits of digits (M, D) in the mean of N(x, sigma^2 I) over samples x (N, D)."""
+    """Mean log2 likelihood of digits (M, D) in the mean of N(x, sigma^2 I) over samples x."""
     distances = torch.cat([torch.cdist(part, samples).square() for part in digits.split(500)])
     log_p = (-distances / (2 * sigma**2)).logsumexp(dim=1) - math.log(len(samples))
-    return (log_p - digits.shape[1] / 2 * math.log(2 * math.pi * sigma**2)).mean().item() / math.log(2)
+    return (
+        log_p - digits.shape[1] / 2 * math.log(2 * math.pi * sigma**2)
+    ).mean().item() / math.log(2)
 
 
 def parzen_window(folder, data_dir):
-    """As in the paper: pixels in 0..1, all test digits, sigma of ten values chosen on training digits."""
+    """As in the paper: pixels in 0..1, all test digits, sigma chosen on training digits."""
     samples = torch.from_numpy(np.load(Path(folder, "samples.npy"))).flatten(1) / 255
     train, test = (digits / 255 for digits in dpm_2015.load_mnist(data_dir))
     sigma = max(np.logspace(-1, 0, 10), key=lambda sigma: parzen(samples, train[:1000], sigma))
@@ -143,8 +167,9 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         sys.exit(parzen_window(*sys.argv[1:]))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    cpu = names[0] if names else platform.processor()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"{cpu}, {os.cpu_count()} cores, {gpu}, {versions}\n")
     print("| what | mean and range, or median |\n| --- | --- |", flush=True)

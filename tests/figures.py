@@ -1,7 +1,8 @@
-"""Draws the figures of the README from models that the three scripts have trained with their defaults.
+"""Draws the figures of the README from models that the scripts trained with their defaults.
 
 python main.py && python dpm_2015.py && python ddpm_unet.py
 python tests/figures.py               a minute after that; into images/
+python tests/figures.py FOLDER        the same from the models in FOLDER, instead of outputs
 """
 
 import gzip
@@ -17,7 +18,7 @@ import ddpm_unet
 import dpm_2015
 import main
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+BLUE, ORANGE, GREEN, GREY = "tab:blue", "tab:orange", "tab:green", "tab:gray"
 OUT = ROOT / "images"
 
 
@@ -28,17 +29,19 @@ def load(script, path):
 
 
 def panels(n, height=3.2, **options):
+    """A figure with n axes in a row."""
     figure = Figure(figsize=(10, height), dpi=90, layout="constrained")
     return figure, figure.subplots(1, n, squeeze=False, **options)[0]
 
 
-def schedules(roll):
+def schedules(roll_betas):
     """How much of the data is left at each step, and the signal-to-noise ratio, in each script."""
+    learned = dpm_2015.Gaussian(roll_betas).alpha_bars
     heartbeat = 1 - torch.arange(1, 2001) / 2000
     curves = [
         ("main.py, T = 200", main.make_schedule(200).signal ** 2, BLUE, "-"),
         ("ddpm_unet.py, T = 1000", ddpm_unet.make_schedule(1000).signal ** 2, ORANGE, "--"),
-        ("dpm_2015.py, swiss roll, learned, T = 40", dpm_2015.Gaussian(roll).alpha_bars, GREEN, "-"),
+        ("dpm_2015.py, swiss roll, learned, T = 40", learned, GREEN, "-"),
         ("dpm_2015.py, heartbeat, T = 2000", heartbeat, GREY, "-"),
     ]
     figure, (left, right) = panels(2)
@@ -60,19 +63,26 @@ def exact_eps(schedule, points):
         weights = (-(torch.cdist(x_t, signal * points) ** 2) / (2 * noise_std**2)).softmax(dim=1)
         return (x_t - signal * weights @ points) / noise_std
 
-    model.predicts = "eps"
     return model
 
 
 @torch.no_grad()
 def heart(args, content):
     """Loss of the network at each t and the least possible; its score and the exact one."""
-    x_0, _, _ = main.load_data(args)
+    x_0, _, _ = main.standardise(main.heart())
     schedule = main.make_schedule(args.num_timesteps)
-    network = main.MLP(args, 2).eval()
-    network.load_state_dict(content["model"])
+    sizes = (args.hidden_size, args.hidden_layers, args.embedding_size, args.num_timesteps)
+    network = main.MLP(2, *sizes)
+    network.load_state_dict(content["weights"])
     exact = exact_eps(schedule, x_0[::4])
-    steps, found = list(range(0, args.num_timesteps, 4)), {"the network": [], "the least possible": []}
+    floor(schedule, x_0, network, exact)
+    scores(schedule, network, exact)
+
+
+def floor(schedule, x_0, network, exact):
+    """Squared error of eps at every fourth step, of the network and of the exact model."""
+    steps = range(0, len(schedule.betas), 4)
+    found = {"the network": [], "the least possible": []}
     for step in steps:
         t = torch.full((2000,), step)
         x, eps = x_0[torch.randint(len(x_0), (2000,))], torch.randn(2000, 2)
@@ -85,20 +95,27 @@ def heart(args, content):
     axes.set(xlabel="noise steps", ylabel="squared error of eps, per number")
     axes.legend()
     figure.savefig(OUT / "figure_floor.png")
+
+
+def scores(schedule, network, exact):
+    """Arrows at a grid of points, at three steps: the score times the variance of the noise."""
+    side = torch.linspace(-2.6, 2.6, 20)
+    points = torch.cartesian_prod(side, side)  # (400, 2)
+    look = {"width": 0.003, "angles": "xy", "scale_units": "xy", "scale": 5}
     figure, row = panels(3, height=3.6)
     for axes, step in zip(row, (10, 40, 100)):
-        t = torch.full((len(main.GRID),), step - 1)
+        t = torch.full((len(points),), step - 1)
         for model, colour in ((exact, BLUE), (network, ORANGE)):
-            move = -model(main.GRID, t) * schedule.noise_std[t, None]  # the score times the noise's variance
-            look = {"width": 0.003, "angles": "xy", "scale_units": "xy", "scale": 5}
-            axes.quiver(*main.GRID.T, *move.T, color=colour, **look)
-        axes.set(title=f"step {step} of {args.num_timesteps}", xticks=(), yticks=(), aspect="equal")
+            move = -model(points, t) * schedule.noise_std[t, None]
+            axes.quiver(*points.T, *move.T, color=colour, **look)
+        title = f"step {step} of {len(schedule.betas)}"
+        axes.set(title=title, xticks=(), yticks=(), aspect="equal")
     figure.savefig(OUT / "figure_score.png")
 
 
 @torch.no_grad()
 def roll(args, content):
-    """K over training, beside the best K for the betas that were learned, and the exact log likelihood."""
+    """K over training, the best K for the betas that were learned, and the exact log likelihood."""
     model = dpm_2015.Model(args, 2, 1)
     model.load_state_dict(content["model"])
     betas = model.double().betas()
@@ -106,7 +123,8 @@ def roll(args, content):
     places = ((dpm_2015.CURVE["swiss_roll"][::4] - shift) / scale).double()
     s2 = float(dpm_2015.NOISE["swiss_roll"] / scale) ** 2
 
-    def best(x_t, t):  # q(x_0) is a mixture along the curve: mean and variance of x_{t-1} given x_t
+    def best(x_t, t):
+        # q(x_0) is a mixture along the curve: mean and variance of x_{t-1} given x_t
         beta, before = betas[t[0]], alpha_bars[t[0] - 1]
         U = before * s2 + 1 - before
         V = (1 - beta) * U + beta
@@ -118,15 +136,17 @@ def roll(args, content):
         z_sigma = variance.clamp(max=1 - 1e-6).logit() - beta.logit()
         return torch.cat(((mean - keep * x_t) / beta.sqrt(), z_sigma), dim=1)
 
+    process = dpm_2015.Gaussian(betas)
     pairs = []  # K of the best and of the network, from the same x_0 and noise
     for t in range(1, args.num_timesteps):
         x_0 = dpm_2015.draw_data(args, 8000, dpm_2015.CURVE["swiss_roll"]).double()
         draws = x_0, torch.full((8000,), t), torch.randn_like(x_0)
-        pairs.append([dpm_2015.bound(dpm_2015.Gaussian(betas), z, *draws)[0] for z in (best, model)])
+        pairs.append([dpm_2015.bound(process, z, *draws)[0] for z in (best, model)])
     Ks = torch.tensor([[K.mean() for K in pair] for pair in pairs]).mean(dim=0)
     gaps = torch.stack([K - of_network for K, of_network in pairs])
     error = gaps.var(dim=1).mean().div(gaps.numel()).sqrt()
-    print(f"swiss roll, K: best {Ks[0]:.3f}, network {Ks[1]:.3f}, gap {gaps.mean():.3f} +- {error:.3f} bits")
+    gap = f"gap {gaps.mean():.3f} +- {error:.3f} bits"
+    print(f"swiss roll, K: best {Ks[0]:.3f}, network {Ks[1]:.3f}, {gap}")
     process = dpm_2015.Gaussian(betas.float())
     exact = dpm_2015.evaluate(process, model.float(), args, dpm_2015.CURVE["swiss_roll"], None)
     training = content["Ks"][: len(content["Ks"]) // 20 * 20].view(-1, 20).mean(dim=1)
@@ -146,20 +166,23 @@ def unet(args, content):
     net = ddpm_unet.UNet(args, content["channels"]).eval()
     net.load_state_dict(content["ema"])
     rows, names = [], []
-    for sampler, steps in (("ddim", 10), ("ddim", 50), ("ddim", 250), ("beta_tilde", 250), ("beta", 250)):
+    ddim = [("ddim", steps) for steps in (10, 50, 250)]
+    for sampler, steps in (*ddim, ("beta_tilde", 250), ("beta", 250)):
         schedule = ddpm_unet.make_schedule(args.num_timesteps, steps=steps)
         *_, (_, x, _) = ddpm_unet.p_sample_loop(net, schedule, (12, 784), 3, sampler)
         rows.append(x)
         names.append(f"{sampler}, {steps} steps")
     grid(rows, names, "figure_samplers.png")
-    images = gzip.decompress((ROOT / "tests" / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
-    digit = torch.frombuffer(bytearray(images), dtype=torch.uint8)[16 : 16 + 784].float() / 127.5 - 1
+    path = ROOT / "tests" / "mnist" / "t10k-images-idx3-ubyte.gz"
+    images = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
+    digit = images[16 : 16 + 784].float() / 127.5 - 1  # the first, after 16 bytes of header
     schedule = ddpm_unet.make_schedule(args.num_timesteps)
     t = torch.linspace(0, args.num_timesteps - 1, 12).long()
     torch.manual_seed(0)
     x_t = ddpm_unet.q_sample(schedule, digit.expand(12, -1), t, torch.randn(12, 784))
     x_0_hat, _, _ = ddpm_unet.p_reverse(net, schedule, x_t, t)
-    grid([x_t, x_0_hat], ["x_t", "x_0_hat"], "figure_sees.png", [f"step {step + 1}" for step in t.tolist()])
+    titles = [f"step {step + 1}" for step in t.tolist()]
+    grid([x_t, x_0_hat], ["x_t", "x_0_hat"], "figure_sees.png", titles)
 
 
 def grid(rows, names, path, titles=()):
