@@ -108,8 +108,7 @@ class MLP(nn.Module):
 
     def forward(self, x_t, t):
         inputs = [x_t]
-        if x_t.shape[1] == 2:
-            # Waves from 2 pi / 25 = 0.25 on show fine detail (https://arxiv.org/abs/2006.10739).
+        if x_t.shape[1] == 2:  # the shortest wave, 2 pi / 25 = 0.25 long, shows fine detail
             inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]
         temb = sinusoidal_embedding(t, self.embedding_size, self.time_scale)
         h = F.silu(self.first(torch.cat((*inputs, temb), dim=1)))  # (B, hidden_size)
@@ -221,7 +220,8 @@ def draw(title, x, colour, data):
 
 def animate(model, schedule, config, out, num_samples, every):
     """Draw samples (N, D) and return them. Save a GIF of data to noise, and noise to samples."""
-    T, x_0 = len(schedule.betas), config["examples"]
+    T = len(schedule.betas)
+    x_0 = config["examples"]
     steps = [*range(0, T, every), T]
     eps = torch.randn_like(x_0)  # the same for all t, so that you can follow a point
     frames = [draw("data", x_0, "tab:blue", x_0)]
@@ -276,9 +276,9 @@ def load_data(name, data_dir):
         points = torch.from_numpy(points.astype(np.float32))
     except (OSError, ValueError, EOFError, RuntimeError) as error:
         raise OSError(f"--dataset {name}: {error}; choose {DATA_HELP}") from error
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 100 or not points.std() > 0:
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 100 or not points.std(0).max() > 0:
         raise OSError(f"--dataset {name}: need 100 or more rows of 2 finite numbers")
-    return points.repeat(-(-8000 // len(points)), 1)  # so that an epoch has at least 8000 examples
+    return points.repeat(1 + 8000 // len(points), 1)  # an epoch has at least 8000 examples
 
 
 def save_checkpoint(path, model, config):
