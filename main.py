@@ -278,7 +278,7 @@ def load_data(name, data_dir):
         raise OSError(f"--dataset {name}: {error}; choose {DATA_HELP}") from error
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < 100 or not points.std(0).max() > 0:
         raise OSError(f"--dataset {name}: need 100 or more rows of 2 finite numbers")
-    return points.repeat(1 + 8000 // len(points), 1)  # an epoch has at least 8000 examples
+    return points.repeat(-(-8000 // len(points)), 1)  # so that an epoch has at least 8000 examples
 
 
 def save_checkpoint(path, model, config):
