@@ -299,8 +299,8 @@ def load_checkpoint(path, device):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         names = [*MODEL, "shift", "scale", "limit", "examples", "weights"]
         return {name: checkpoint[name] for name in names}
-    except (KeyError, TypeError, EOFError, RuntimeError, UnpicklingError) as error:
-        raise OSError(f"--checkpoint {path}: damaged, or lacks {str(error)[:25]}") from error
+    except (KeyError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+        raise OSError(f"cannot use --checkpoint {path}: {error!r:.42}") from error
 
 
 def parse_options(argv):
