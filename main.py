@@ -306,7 +306,7 @@ def load_checkpoint(path, device):
 def parse_options(argv):
     """Return the parsed options and, if there is one, the checkpoint."""
     device = str(torch.accelerator.current_accelerator(True) or "cpu")
-    parser = ArgumentParser("main.py", formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(formatter_class=RawDescriptionHelpFormatter)
     parser.usage, parser.description = "main.py [options]", __doc__
     flag = parser.add_argument
     flag("--dataset", default="heart", help=DATA_HELP)
