@@ -9,7 +9,7 @@ New data come from fresh noise, by undoing all steps. Paper: https://arxiv.org/a
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
 Each training example is one point or one digit, never a picture of the whole heart.
-x_0 is data and x_T is noise. The paper counts the steps t = 1..T. Our index t is one less, 0..T-1.
+x_0 is data, x_T is noise. The paper counts t = 1..T and we count 0..T-1: our t = 0 gives its x_1.
 B is the batch size and D the length of an example: 2 for points, 28 * 28 = 784 for digits.
 """
 
@@ -61,11 +61,11 @@ def standardise(data):
 # %% 2. Noise schedule: section 4 of the paper
 def make_schedule(T):
     """Return all that depends on t alone, as tensors (T,)."""
-    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). Betas times
-    # 1000 / T end in noise for every T, not only the paper's 1000. float32 would be too coarse.
+    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
+    # 1000 / T makes x_T noise also if T is not 1000. float64 is accurate, but Apple GPUs lack it.
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
     betas = betas.clamp(max=0.999)  # T = 20 would end with 1, and p_sample would divide by 0
-    alpha_bars = (1 - betas).cumprod(dim=0)  # the data's share of the variance; alphas_cumprod
+    alpha_bars = (1 - betas).cumprod(dim=0)  # the data's share; often called alphas_cumprod
     alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)
     schedule = {
         "betas": betas,
@@ -79,13 +79,13 @@ def make_schedule(T):
 
 # %% 3. Forward process
 def q_sample(schedule, x_0, t, eps):
-    """Return x_t (B, D): x_0 (B, D) after the noise of steps 0 to t (B,), all at once (eq. 4)."""
+    """Return x_t (B, D): x_0 (B, D) with the noise of steps 0 to t (B,), in one jump (eq. 4)."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
 
 
 # %% 4. Network
 def sinusoidal_embedding(x, size, scale):
-    """Turn numbers (B,) into sines and cosines (B, size), as DDPM does with t (10,000 included)."""
+    """Turn numbers (B,) into sines and cosines (B, size), as the Transformer and DDPM do with t."""
     frequencies = scale * 10_000 ** -torch.linspace(0, 1, size // 2)
     angles = x[:, None] * frequencies  # (B, size / 2)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
@@ -119,11 +119,11 @@ class MLP(nn.Module):
 
 # %% 5. Loss
 def loss_simple(model, schedule, x_0, predict):
-    """Return the loss of Algorithm 1 for a batch x_0 (B, D): L_simple, eq. 14.
+    """Return the loss of Algorithm 1 for a batch x_0 (B, D).
 
-    It drops the weights beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) of the bound (eq. 12),
-    which are largest at small t, where noise is too weak to see. With digits we predict x_0, not
-    eps: noise fills all 784 dimensions, more than an MLP can pass on, and digits only a few.
+    If we predict eps, it is L_simple, eq. 14: the bound (eq. 12) without its weights beta_t^2 /
+    (2 sigma_t^2 alpha_t (1 - alpha_bar_t)), which stress small t, where noise is too weak to see.
+    For digits we predict x_0: an MLP cannot pass on noise in 784 dimensions, but digits fill few.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -135,7 +135,7 @@ def loss_simple(model, schedule, x_0, predict):
 
 # %% 6. Sampling
 def p_sample(model, schedule, x_t, step, predict, limit):
-    """Take one step of Algorithm 2: remove the noise of this step from x_t (B, D)."""
+    """Take one step of Algorithm 2: from x_t (B, D) draw x_{t-1}, with a little less noise."""
     beta = schedule.betas[step]
     signal = schedule.signal[step]
     noise_std = schedule.noise_std[step]
@@ -144,14 +144,14 @@ def p_sample(model, schedule, x_t, step, predict, limit):
     # At large t, a small error of the network is a large one of x_0_hat, so the authors clip it.
     x_0_hat = x_0_hats[predict].clamp(-limit, limit)
     eps_hat = (x_t - signal * x_0_hat) / noise_std
-    mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4: eq. 7 of x_0_hat
+    mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4; eq. 7's mean at x_0_hat
     # The variance is beta_tilde_t of eq. 7, 0 in the last step. The paper also tries beta_t (3.2).
     return mean + schedule.posterior_std[step] * torch.randn_like(x_t)
 
 
 @torch.no_grad()
 def p_sample_loop(model, schedule, shape, predict, limit):
-    """Run Algorithm 2 for x of this shape. Yield (noise steps left, x): (T, x_T) to (0, x_0)."""
+    """Run Algorithm 2 for x of this shape. Yield (steps of noise left, x), from T down to 0."""
     x = torch.randn(shape)  # line 1
     yield len(schedule.betas), x
     for step in reversed(range(len(schedule.betas))):
@@ -162,8 +162,8 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 # %% 7. Training
 def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_rate):
     """Train by Algorithm 1. Write model.pt and training.gif into the folder out."""
-    optimizer = torch.optim.Adam(model.parameters())
-    snapshot_epochs = [num_epochs * k**2 // 36 for k in range(6)]  # more of them early
+    optimizer = torch.optim.Adam(model.parameters())  # its rate is set below
+    snapshot_epochs = [num_epochs * k**2 // 36 for k in range(6)]  # at (k / 6)^2 of the training
     frames = []
     bar = tqdm(range(num_epochs), "training")
     try:
@@ -171,7 +171,7 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
             if epoch in snapshot_epochs:
                 save_checkpoint(out / "model.pt", model, config)
                 frames.append(snapshot(model, schedule, config, epoch))
-            rate = min((epoch + 1) / 5, 1 - epoch / num_epochs)  # rises, then falls to 0
+            rate = min((epoch + 1) / 5, 1 - epoch / num_epochs)  # rises, then falls
             optimizer.param_groups[0]["lr"] = learning_rate * rate
             for batch in torch.randperm(len(x_0)).split(batch_size):
                 loss = loss_simple(model, schedule, x_0[batch], config["predict"])
