@@ -119,11 +119,10 @@ class MLP(nn.Module):
 
 # %% 5. Loss
 def loss_simple(model, schedule, x_0, predict):
-    """Return the loss of Algorithm 1 for a batch x_0 (B, D).
+    """Return the loss of Algorithm 1 for a batch x_0 (B, D). For eps it is L_simple, eq. 14.
 
-    If we predict eps, it is L_simple, eq. 14: the bound (eq. 12) without its weights beta_t^2 /
-    (2 sigma_t^2 alpha_t (1 - alpha_bar_t)), which stress small t, where noise is too weak to see.
-    For digits we predict x_0: an MLP cannot pass on noise in 784 dimensions, but digits fill few.
+    It drops the weights beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) of the bound (eq. 12),
+    which stress noise too weak to see. Digits need x_0: an MLP cannot pass on 784 values of noise.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -212,7 +211,7 @@ def draw(title, x, colour, data):
         from torchvision.utils import make_grid
 
         grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), 5)
-        axes.imshow(grid[0], cmap="gray", vmin=-1, vmax=1)
+        axes.imshow(grid[0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     axes.set_axis_off()
     pixels, (width, height) = FigureCanvasAgg(figure).print_to_buffer()
     return np.frombuffer(pixels, np.uint8).reshape(height, width, 4)[..., :3]
@@ -259,6 +258,7 @@ DIGITS = {  # the defaults for mnist; those for points are in parse_options
     "train_batch_size": 256,
     "num_epochs": 34,
     "learning_rate": 4e-3,
+    "show_image_step": 20,
     "threads": torch.get_num_threads(),
 }
 
