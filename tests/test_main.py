@@ -71,7 +71,7 @@ def best_network(T, data, predict):
 @pytest.mark.parametrize("T", [20, 50, 200, 1000, 4000])
 def test_schedule_and_q_sample(T):
     schedule, exact, t = main.make_schedule(T), closed_form(T), torch.arange(T)
-    for name, values in vars(schedule).items():  # 1e-6: float32 would lose digits at small t
+    for name, values in vars(schedule).items():  # float32 would lose digits at small t
         np.testing.assert_allclose(values, vars(exact)[name], rtol=1e-6, err_msg=name)
     assert schedule.signal[-1] < 0.01  # x_T is noise
     zeros, ones, expected = torch.zeros(T, 1), torch.ones(T, 1), [(1.0, 0.0)]
@@ -139,15 +139,11 @@ def test_the_best_network(predict):
         torch.manual_seed(0)
         return main.loss_simple(model, schedule, data.repeat(1000, 1), predict).item()
 
-    best, schedule, point = (
-        best_network(200, CENTRES, predict),
-        main.make_schedule(200),
-        CENTRES[:1],
-    )
+    best, schedule, one = best_network(200, CENTRES, predict), main.make_schedule(200), CENTRES[:1]
     for factor in (0, 0.9, 1.1):
         other = lambda x_t, t, factor=factor: factor * best(x_t, t)
         assert 0 < loss(best, CENTRES) < loss(other, CENTRES)
-    assert loss(best_network(200, point, predict), point) < 1e-6  # there is nothing to guess
+    assert loss(best_network(200, one, predict), one) < 1e-6  # there is nothing to guess
     *_, (_, x) = main.p_sample_loop(best, schedule, (2000, 2), predict, 1.5)
     distances, nearest = torch.cdist(x, CENTRES).min(dim=1)
     assert distances.max() < 0.01 and (nearest.bincount(minlength=5) - 400).abs().max() < 90
@@ -197,8 +193,7 @@ def test_heart_and_swiss_roll():
     y = 13 * np.cos(u) - 5 * np.cos(2 * u) - 2 * np.cos(3 * u) - np.cos(4 * u)
     np.testing.assert_allclose(main.heart().T, [16 / 5 * np.sin(u) ** 3, y / 5], atol=1e-4)
     noise = main.swiss_roll().numpy().T - np.stack((v * np.cos(v), v * np.sin(v))) / 10
-    assert noise.std(axis=1) == pytest.approx([0.01, 0.01], rel=0.05)
-    assert abs(noise.mean(axis=1)).max() < 6e-4
+    assert abs(noise.std(axis=1) - 0.01).max() < 5e-4 and abs(noise.mean(axis=1)).max() < 6e-4
 
 
 @pytest.mark.parametrize("name", ["heart", "swiss_roll", "points.csv", "mnist"])
@@ -216,8 +211,7 @@ def test_standardise(name, files):
 
 
 def test_energy_distance():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(7, 3)), rng.normal(1, 2, size=(5, 3))
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 3))
     mean = lambda a, b: np.mean([sqrt(((x - y) ** 2).sum()) for x in a for y in b])
     found = main.energy_distance(torch.tensor(a), torch.tensor(b))
     assert found == pytest.approx(2 * mean(a, b) - mean(a, a) - mean(b, b))
@@ -288,8 +282,7 @@ def test_animation(monkeypatch, tmp_path):
 
 
 def test_draw():
-    data = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
-    picture = main.draw("title", torch.tensor([[0.5, 0.5]]), "tab:orange", data)
+    picture = main.draw("title", torch.tensor([[0.5, 0.5]]), "tab:orange", torch.eye(2))
     assert picture.shape == (396, 360, 3) and picture.dtype == np.uint8
     rows, columns = np.nonzero((abs(picture.astype(int) - (255, 127, 14)) < 20).all(axis=2))
     assert 230 < columns.mean() < 270 and 126 < rows.mean() < 166  # right of the middle, and above
@@ -315,10 +308,8 @@ def run(*options):
 def heart_run(tmp_path_factory):
     """The folder of a run with default options but for the sizes, and the lines it printed."""
     out = tmp_path_factory.mktemp("heart") / "run"
-    process = start(*SMALL.split(), "--output_dir", out)
-    printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-    return out, printed.decode().splitlines()
+    printed, errors = start(*SMALL.split(), "--output_dir", out).communicate(timeout=100)
+    return out, printed.decode().splitlines() or errors
 
 
 def test_training_run(heart_run):
@@ -404,8 +395,7 @@ def test_options_of_digits():
     args, _ = main.parse_options(command.split())
     assert (args.eval_batch_size, args.num_epochs, args.learning_rate) == (10, 200, 0.001)
     sizes = (args.hidden_size, args.hidden_layers, args.embedding_size, args.num_timesteps)
-    parameters = sum(p.numel() for p in main.MLP(784, *sizes).parameters())
-    assert round(parameters / 1e6, 1) == 24.4
+    assert round(sum(p.numel() for p in main.MLP(784, *sizes).parameters()) / 1e6, 1) == 24.4
     points, digits = (vars(main.parse_options(["--dataset", k])[0]) for k in ("heart", "mnist"))
     assert digits == {**points, "dataset": "mnist", **main.DIGITS}
 
@@ -418,11 +408,10 @@ BAD = [f"--{name} {v}" for name in COUNTS.split() for v in ("0", "-2", "1000002"
 BAD += [f"--learning_rate {value}" for value in ("0", "-1", "nan", "inf", "fast")]
 BAD += ["--eval_batch_size 0", "--show_image_step 0", "--threads 0", "--seed x", "--colour red"]
 BAD += ["--embedding_size 7", "--predict v", "--device abacus"]
-BAD += ["--output_dir file", "--output_dir file/out"]
 BAD += [f"--dataset {name}" for name in [*TEXTS, "spiral", "missing.csv", "missing.npy", "mnist"]]
-MODELS = ["missing.pt", "text.pt", "empty.pt", "other.pt", "evil.pt", "no_scale.pt", ".", ""]
-BAD += [f"--checkpoint {name}" for name in MODELS]
-BAD += [pytest.param("--checkpoint truncated.pt", marks=pytest.mark.xfail)]  # names no file
+BAD += [f"--checkpoint {k}.pt" for k in ("missing", "text", "empty", "other", "evil", "no_scale")]
+BAD += ["--checkpoint truncated.pt", "--checkpoint .", "--checkpoint "]
+BAD += ["--output_dir file", "--output_dir file/out"]
 
 
 @pytest.fixture(scope="session")
