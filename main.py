@@ -140,7 +140,7 @@ def p_sample(model, schedule, x_t, step, predict, limit):
     noise_std = schedule.noise_std[step]
     output = model(x_t, torch.full((len(x_t),), step))
     x_0_hats = {"eps": (x_t - noise_std * output) / signal, "x_0": output}  # eq. 15
-    # At large t, a small error of the network is a large one of x_0_hat, so the authors clip it.
+    # At large t, a small error of eps_hat is a large one of x_0_hat. So clip it to the data.
     x_0_hat = x_0_hats[predict].clamp(-limit, limit)
     eps_hat = (x_t - signal * x_0_hat) / noise_std
     mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4; eq. 7's mean at x_0_hat
@@ -305,7 +305,7 @@ def load_checkpoint(path, device):
 
 def parse_options(argv):
     """Return the parsed options and, if there is one, the checkpoint."""
-    device = str(torch.accelerator.current_accelerator(True) or "cpu")
+    device = str(torch.accelerator.current_accelerator(True) or "cpu")  # True: if present
     parser = ArgumentParser(formatter_class=RawDescriptionHelpFormatter)
     parser.usage, parser.description = "main.py [options]", __doc__
     flag = parser.add_argument
@@ -330,7 +330,7 @@ def parse_options(argv):
     config = {} if args.checkpoint is None else load_checkpoint(args.checkpoint, args.device)
     if config.get("dataset", args.dataset) == "mnist":
         parser.set_defaults(**DIGITS)
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv)  # again, with these defaults
     if config:  # the network is that of the checkpoint, whatever the flags say
         vars(args).update({name: config[name] for name in MODEL})
     for name, value in vars(args).items():
