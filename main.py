@@ -3,9 +3,9 @@
 The forward process turns data into noise in T small steps. A network learns to undo these steps.
 New data come from fresh noise, by undoing all steps. Paper: https://arxiv.org/abs/2006.11239.
 
-    python main.py                          a heart, in half a minute on a laptop
+    python main.py                          a heart, in about a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
-    python main.py --dataset mnist          handwritten digits, in a quarter of an hour
+    python main.py --dataset mnist          handwritten digits, in half an hour
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
 Each training example is one point or one digit, never a picture of the whole heart.
