@@ -1,399 +1,399 @@
-"""DDPM with a U-Net: Denoising Diffusion Probabilistic Models, with the paper's network, in one file.
+"""DDPM with a U-Net: Denoising Diffusion Probabilistic Models on images, complete, in one file.
 
-A forward process turns images into Gaussian noise in T small steps, a U-Net learns to undo one such step, and
-undoing all of them turns noise into new images. Ho, Jain and Abbeel 2020, https://arxiv.org/abs/2006.11239.
+The forward process turns an image into noise in T small steps. A U-Net learns to undo these steps,
+and so turns fresh noise into new images. Paper: https://arxiv.org/abs/2006.11239. Each image has a
+class, such as the digit that it shows, and you can ask for images of a class.
 
-    python ddpm_unet.py                                     MNIST, 50 minutes on 2 CPU cores
+    python ddpm_unet.py                                     MNIST, in about an hour on two cores
+    python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
-    python ddpm_unet.py --checkpoint outputs/ddpm_unet_mnist/model.pt --nll 500    samples, bits per dimension
+    torchrun --nproc_per_node=4 ddpm_unet.py                the same on four GPUs
 
-Index: the code counts t = 0..T-1; the paper's t, the "steps left" of sampling, is t + 1, so that 0 is data.
-Deviations: a small network by default; betas times 1000 / T, so that x_T is noise for every T; t spread
-evenly over a batch, images drawn with replacement; a learning rate that falls to 0; a moving average that
-warms up; 50 steps of DDIM (https://arxiv.org/abs/2010.02502), unless --sampler asks for Algorithm 2.
+x_0 is data, x_T is noise, as in the paper. Only our index t is smaller by 1: it runs from 0 to T-1.
+Images are (B, C, H, W): B in a batch, C = 1 for grey or 3 for colour. Labels are (B,).
 """
 
-# %% 1. Imports
-import time
-
-STARTED = time.perf_counter()  # before the imports: a user waits for them as well
 import json
-import math
 import os
 import signal
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import distributed, nn
-from torch.distributions import Normal, kl_divergence
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torchvision.datasets import MNIST, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# %% 2. Options
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-CPU = getattr(torch.cpu, "get_capabilities", dict)()
-QUICK = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else CPU.get("avx512_bf16")
-OPTIONS = {  # default; range, choices or (0,): any text; help. A checkpoint fixes the first eight
-    "dataset": ("mnist", (0,), "mnist, or a folder of images"),
-    "image_size": (28, (4, 4096), "pixels of a side; a folder is scaled to it, mnist padded from 28"),
-    "num_timesteps": (1000, (20, 10**5), "T, the number of diffusion steps"),
-    "base_channels": (32, (2, 4096), "width of the network at full size; the paper: 128"),
-    "channel_mults": ([1, 2, 2], (1, 64), "width at each size, in base_channels; the paper: 1 2 2 2"),
-    "num_res_blocks": (2, (1, 64), "residual blocks at each size"),
-    "attention_resolutions": ([7, 8], (1, 4096), "sizes with self-attention; the paper: 16"),
-    "dropout": (0.0, (0, 0.99), "share of numbers dropped in residual blocks; the paper: 0.1"),
-    "train_batch_size": (64, (1, 10**6), "images in a training step, of all processes together"),
-    "num_epochs": (8, (1, 10**6), "epochs; each draws as many images as there are"),
-    "num_training_steps": (0, (0, 10**9), "training steps; 0: as --num_epochs says"),
-    "learning_rate": (2e-3, (1e-12, 10), "of Adam at its highest; it rises in 200 steps, then falls to 0"),
-    "ema_decay": (0.999, (0, 1), "decay of the moving average of the weights, which draws the samples"),
-    "precision": ("bf16" if QUICK else "fp32", ("bf16", "fp32"), "of the network; bf16 where that is quick"),
-    "eval_batch_size": (500, (1, 10**7), "samples to draw"),
-    "sampler": ("ddim", ("ddim", "beta", "beta_tilde"), "ddim, or Algorithm 2 with one of its two variances"),
-    "sampling_steps": (50, (1, 10**5), "steps that the sampler takes, T at most; the paper: all T"),
-    "nll": (0, (0, 10**7), "test images whose bits per dimension to bound; ddim counts as beta_tilde"),
-    "nll_terms": (20, (1, 10**5), "values of t to take for each of them"),
-    "seed": (0, (0, 2**31 - 1), "fixes all that is random"),
-}
-SHORT = {"num_epochs": "-e", "learning_rate": "-l", "train_batch_size": "-b"}
+
+# %% 1. Data
+def read_image(path, size):
+    """Return the central square of an image file, as you would see it: uint8 (3, size, size)."""
+    image = ImageOps.exif_transpose(Image.open(path))  # turned upright
+    if image.mode.startswith("I"):  # 16-bit grey
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    image = image.convert("RGBA")  # also from palettes and CMYK; what is transparent becomes white
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1)
 
 
-def fail(message):
-    """Bad input ends here: one line that names the flag, the value and the way out; exit status 2."""
-    tqdm.write(f"ddpm_unet.py: error: {message}", file=sys.stderr)  # on its own line, below a progress bar
-    sys.exit(2)
+def load_images(dataset, data_dir, size):
+    """Return images, uint8 (N, C, size, size), and labels (N,). Each subfolder is a class."""
+    if dataset == "mnist":
+        mnist = MNIST(data_dir, download=True)
+        return mnist.data[:, None], mnist.targets
+    classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
+    numbers = {name: number for number, name in enumerate(classes)}
+    files = ImageFolder.make_dataset(dataset, numbers, IMG_EXTENSIONS)
+    images = []
+    for path, _ in tqdm(files, "reading"):
+        try:
+            images.append(read_image(path, size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise OSError(f"cannot read {path}: {error}; mend it or remove it") from error
+    images = torch.stack(images)
+    if (images == images[:, :1]).all():  # red = green = blue
+        images = images[:, :1]
+    return images, torch.tensor([number for _, number in files])
 
 
-def parse_options(argv=None):
-    """The options, complete, and the content of the file that --checkpoint or --resume names, or None."""
-    cuda = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-    here = cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    parser = ArgumentParser("ddpm_unet.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    for name, (default, allowed, text) in OPTIONS.items():
-        one, many = (default[0], "+") if isinstance(default, list) else (default, None)
-        look = {"choices": allowed} if isinstance(allowed[0], str) else {"type": type(one), "metavar": "X"}
-        flag(f"--{name}", *SHORT.get(name, "").split(), nargs=many, help=f"{text} [{default}]", **look)
-    flag("--num_samples", dest="eval_batch_size", type=int, metavar="N", help="the same as --eval_batch_size")
-    flag("--eval_path", "--checkpoint", metavar="FILE", help="a model.pt to sample from instead of training")
-    flag("--resume", metavar="FILE", help="a model.pt whose training to go on with, in its folder")
-    flag("--output_dir", metavar="DIR", help="[outputs/ddpm_unet_DATASET; with --checkpoint …_samples]")
-    flag("--data_dir", metavar="DIR", default="data", help="holds MNIST/raw, or will after a download [data]")
-    flag("--device", default=here[0].split(":")[0], help="cuda, mps or cpu [the first that is there]")
-    args = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)  # notebook: none
-    path = args.eval_path or args.resume
-    args.device += ":" + os.environ.get("LOCAL_RANK", "0") if args.device == "cuda" else ""
-    if args.device not in here:
-        fail(f"--device {args.device}: not on this machine or not in this build of torch; here: {here}")
-    try:
-        checkpoint = torch.load(path, args.device, weights_only=True) if path else None  # runs no code of it
-        saved = {name: checkpoint["ddpm_unet.py"][name] for name in OPTIONS} if path else {}
-    except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
-        fail(f"--checkpoint or --resume {path}: {type(error).__name__}; give a model.pt of ddpm_unet.py")
-    for name, (default, allowed, _) in OPTIONS.items():
-        given = getattr(args, name)
-        vars(args)[name] = value = saved.get(name, default) if given is None else given
-        if not isinstance(value, str) and not allowed[0] <= np.min(value) <= np.max(value) <= allowed[1]:
-            fail(f"--{name} {value}: give numbers from {allowed[0]} to {allowed[1]}")
-        if name in list(OPTIONS)[:8] and value != saved.get(name, value):
-            fail(f"--{name} {value}: {path} has {saved[name]}; leave the flag out")
-    S, unit = args.image_size, 2 ** (len(args.channel_mults) - 1)
-    if S % unit or args.dataset == "mnist" and (S < 28 or S % 2):
-        fail(f"--image_size {S}: --channel_mults need a multiple of {unit}, mnist an even one from 28 on")
-    name = f"ddpm_unet_{Path(args.dataset).name}{'_samples' if args.eval_path else ''}"
-    args.output_dir = args.output_dir or str(Path(path).parent if args.resume else Path("outputs", name))
-    return args, checkpoint
+# %% 2. Noise schedule and forward process
+def make_schedule(T):
+    """Return alpha_bars (T,): how much of x_0 is left in x_t, 1 to 0. Often: alphas_cumprod."""
+    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The paper's
+    # betas, times 1000 / T so that x_T is noise for T from 20 up, in float64 for accuracy.
+    betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
+    return (1 - betas.clamp(max=0.999)).cumprod(dim=0)  # clamped, so that no alpha_bar is 0
 
 
-# %% 3. Data — grey levels 0..255; the network sees them as -1..1, the paper's section 3.3
-def load_images(args):
-    """Training and test images, uint8 (N, C, S, S), C = 1 if all are grey; a tenth of a folder for tests."""
-    S, where = args.image_size, args.data_dir
-    try:
-        from torchvision import datasets
-        from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
-
-        if args.dataset == "mnist":
-            parts = [datasets.MNIST(where, train, download=True).data[:, None] for train in (True, False)]
-            return [pad(images, [(S - 28) // 2] * 4) for images in parts]
-        images = []
-        for where in sorted(Path(args.dataset).rglob("*")):
-            if datasets.folder.is_image_file(where.name):
-                images.append(pil_to_tensor(center_crop(resize(datasets.folder.default_loader(where), S), S)))
-        if len(images) < 2:
-            fail(f"--dataset {args.dataset}: fewer than 2 images; name a folder of image files")
-        images = torch.stack(images)
-    except Exception as error:  # noqa: BLE001 — no network, a damaged file, a torchvision of another torch
-        why = f"--dataset {args.dataset}: {where}: {' '.join(str(error).split())[:80]}"
-        fail(f"{why}; mend or remove that file; or put the 4 files of MNIST into {args.data_dir}/MNIST/raw")
-    images = images[:, :1] if (images == images[:, :1]).all() else images
-    return images[torch.arange(len(images)) % 10 > 0], images[::10]
+def q_sample(x_0, alpha_bar, eps):
+    """Return x_t: images x_0 with the noise eps of all steps up to t, in one jump (eq. 4)."""
+    return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * eps
 
 
-# %% 4. Noise schedule — the paper's section 4
-def make_schedule(T, device="cpu", steps=None):
-    """All that depends on t alone, as tensors (T,), or (steps,) for so few of the T steps, with the last."""
-    betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T  # the paper's for T = 1000
-    betas = betas.clamp(max=0.999)  # at T = 20 the last would be 1 and alpha_bar_T 0: a division by 0
-    timesteps = torch.linspace(T - 1, 0, min(steps or T, T), dtype=torch.float64).round().long().flip(0)
-    alpha_bars = (1 - betas).cumprod(dim=0)[timesteps]  # most code calls this alphas_cumprod
-    alpha_bars_prev = pad(alpha_bars[:-1], (1, 0), value=1.0)
-    betas = 1 - alpha_bars / alpha_bars_prev  # the same again, unless steps were left out
-    schedule = {
-        "betas": betas,
-        "signal": alpha_bars.sqrt(),  # eq. 4: x_t = signal x_0 + noise_std eps
-        "noise_std": (1 - alpha_bars).sqrt(),
-        "signal_prev": alpha_bars_prev.sqrt(),
-        "noise_variance_prev": 1 - alpha_bars_prev,
-        "posterior_variance": (1 - alpha_bars_prev) / (1 - alpha_bars) * betas,  # eq. 7: beta_tilde
-    }
-    return Namespace(timesteps=timesteps.to(device), **{k: v.float().to(device) for k, v in schedule.items()})
+def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
+    """Return mean and variance of q(x_{t-1} | x_t, x_0), eq. 6 and 7. alpha_bar is that of t."""
+    alpha = alpha_bar / alpha_bar_prev  # of all steps between the two, if some are left out
+    coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
+    coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)  # beta_tilde_t
+    return coef_x_0 * x_0 + coef_x_t * x_t, variance
 
 
-# %% 5. Forward process, and Algorithm 1 — x is (B, D), D = C S S, t is (B,), betas[t, None] is (B, 1)
-def q_sample(schedule, x_0, t, eps):
-    """x_t (B, D) of q(x_t | x_0) from noise eps: steps 0 to t at once, eq. 4."""
-    return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
+# %% 3. Network: a small version of the paper's U-Net (appendix B)
+def conv(C_in, C):
+    """Return group norm, SiLU and a 3x3 convolution: (B, C_in, H, W) to (B, C, H, W)."""
+    return nn.Sequential(nn.GroupNorm(8, C_in), nn.SiLU(), nn.Conv2d(C_in, C, 3, padding=1))
 
 
-def q_posterior(schedule, x_0, x_t, t, eta=1.0):
-    """Mean (B, D) and variance (B, 1) of q(x_{t-1} | x_t, x_0), eq. 6 and 7, in the form of DDIM's eq. 7. The
-    share of noise that is drawn anew is set by eta (1: DDPM, 0: none); eq. 4 holds for every eta."""
-    eps = (x_t - schedule.signal[t, None] * x_0) / schedule.noise_std[t, None]
-    variance = eta**2 * schedule.posterior_variance[t, None]
-    kept = (schedule.noise_variance_prev[t, None] - variance).sqrt()
-    return schedule.signal_prev[t, None] * x_0 + kept * eps, variance
+class ResBlock(nn.Module):
+    """Two convolutions and a shortcut: h (B, C_in, H, W) and temb (B, E) to (B, C, H, W)."""
+
+    def __init__(self, C_in, C, E):
+        super().__init__()
+        self.conv_1 = conv(C_in, C)
+        self.temb = nn.Linear(E, C)
+        self.conv_2 = conv(C, C)
+        self.shortcut = nn.Conv2d(C_in, C, 1)
+        nn.init.zeros_(self.conv_2[-1].weight)  # at first, the block is little but its shortcut
+
+    def forward(self, h, temb):
+        x = self.conv_1(h) + self.temb(temb)[:, :, None, None]
+        return self.shortcut(h) + self.conv_2(x)
 
 
-def loss_simple(model, schedule, x_0, t, eps):
-    """Algorithm 1, line 5 before the gradient, eq. 14 divided by D: squared errors (B,) for x_0 (B, D)."""
-    return (eps - model(q_sample(schedule, x_0, t, eps), t)).square().mean(dim=1)
+class UNet(nn.Module):
+    """Predict the noise eps in images x_t (B, C, H, W), given t (B,) and labels (B,).
+
+    The image is halved again and again, then doubled. Skip connections join equal sizes.
+    """
+
+    def __init__(self, channels, num_classes, num_timesteps, base_channels, channel_mults):
+        super().__init__()
+        E = 4 * base_channels
+        widths = [base_channels * mult for mult in channel_mults]  # channels, from large to small
+        # t is embedded as in the Transformer, and as if T were the paper's 1000.
+        self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
+        self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
+        self.no_label = num_classes  # the label that stands for none
+        self.label_embedding = nn.Embedding(num_classes + 1, E)
+        self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.downs = nn.ModuleList()
+        self.ups = nn.ModuleList()
+        C_in = widths[0]
+        for C, C_below in pairwise(widths):
+            self.downs.append(ResBlock(C_in, C, E))
+            self.ups.append(ResBlock(C_below + C, C, E))
+            C_in = C
+        C = widths[-1]
+        self.middle_1 = ResBlock(C_in, C, E)
+        self.attention = nn.MultiheadAttention(C, num_heads=1, batch_first=True)
+        self.middle_2 = ResBlock(C, C, E)
+        self.last = conv(widths[0], channels)
+
+    def forward(self, x_t, t, labels):
+        angles = t[:, None] * self.frequencies  # (B, E / 2)
+        temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1))
+        temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
+        h = self.first(x_t)  # (B, widths[0], H, W)
+        skips = []
+        for block in self.downs:
+            h = block(h, temb)
+            skips.append(h)
+            h = F.avg_pool2d(h, 2)
+        h = self.middle_1(h, temb)
+        pixels = F.group_norm(h, 8).flatten(2).mT  # (B, H W, C): each attends to all
+        h = h + self.attention(pixels, pixels, pixels)[0].mT.reshape(h.shape)
+        h = self.middle_2(h, temb)
+        for block in reversed(self.ups):
+            skip = skips.pop()
+            h = F.interpolate(h, skip.shape[2:])  # to the height and width of skip
+            h = block(torch.cat((h, skip), dim=1), temb)
+        return self.last(h)  # (B, C, H, W)
 
 
-# %% 6. Sampling — Algorithm 2 and DDIM; the model has its gradients off, as ema in main
-def p_reverse(model, schedule, x_t, t, sampler="beta_tilde"):
-    """x_0_hat (B, D), eq. 15, clipped to the range of data, and mean and variance of p(x_{t-1} | x_t). In a
-    shortened schedule, t counts its own steps; the network, 250 images at a time, is told timesteps[t]."""
-    eps_hat = torch.cat([model(*part) for part in zip(x_t.split(250), schedule.timesteps[t].split(250))])
-    x_0_hat = ((x_t - schedule.noise_std[t, None] * eps_hat) / schedule.signal[t, None]).clamp(-1, 1)
-    mean, variance = q_posterior(schedule, x_0_hat, x_t, t, eta=float(sampler != "ddim"))
-    return x_0_hat, mean, schedule.betas[t, None] if sampler == "beta" else variance
+# %% 4. Loss
+def loss_simple(model, alpha_bars, x_0, labels, no_label):
+    """Return the loss of Algorithm 1 for a batch x_0: L_simple, eq. 14."""
+    t = torch.randint(len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
+    eps = torch.randn_like(x_0)  # line 4
+    x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
+    dropped = torch.rand(len(x_0)) < 0.1  # a tenth learns to do without labels, for guidance
+    eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
+    return F.mse_loss(eps_hat, eps)  # line 5
 
 
-def p_sample_loop(model, schedule, shape, seed, sampler="beta_tilde"):
-    """Yields (steps left, x_t, x_0_hat), from noise to (0, x_0, x_0), each x (B, D): Algorithm 2, line 4 by
-    eq. 7 with x_0_hat for x_0, with either variance of the paper; or DDIM: no new noise, eps from x_0_hat."""
-    generator = torch.Generator(device := schedule.betas.device).manual_seed(seed)
-    x = torch.randn(shape, generator=generator, device=device)
-    for step in reversed(range(len(schedule.betas))):
-        t = torch.full(shape[:1], step, device=device)
-        x_0_hat, mean, variance = p_reverse(model, schedule, x, t, sampler)
-        yield step + 1, x, x_0_hat
-        x = mean + (step > 0) * variance.sqrt() * torch.randn(shape, generator=generator, device=device)
+# %% 5. Sampling
+def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
+    """Take one step of Algorithm 2, line 4: eq. 7 at x_0_hat plus noise, none in the last step."""
+    mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
+    return mean + variance**0.5 * torch.randn_like(x_t)
+
+
+def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
+    """Take one step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 with sigma_t = 0."""
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again: x_0_hat is clamped
+    return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
+
+
+SAMPLERS = {"ddim": ddim_step, "ddpm": p_sample}
+
+
+@torch.no_grad()
+def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
+    """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
+    steps = torch.linspace(len(alpha_bars) - 1, 0, num_steps, device="cpu").round().long().flip(0)
+    visited = [1.0, *alpha_bars[steps].tolist()]  # 1 is that of x_0, so steps[k] has visited[k + 1]
+    no_labels = torch.full_like(labels, net.no_label)
+    for k in reversed(range(num_steps)):
+        alpha_bar_prev, alpha_bar = visited[k : k + 2]
+        t = torch.full_like(labels, steps[k].item())
+        eps_hat = net(x, t, labels)
+        if guidance > 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6 with w = guidance
+            eps_hat = (1 + guidance) * eps_hat - guidance * net(x, t, no_labels)
+        x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
+        x_0_hat = x_0_hat.clamp(-1, 1)  # at large t, a small error of eps_hat is a large one here
+        yield k + 1, x, x_0_hat
+        x = SAMPLERS[sampler](x_0_hat, x, alpha_bar, alpha_bar_prev)
     yield 0, x, x
 
 
-# %% 7. Likelihood — eq. 5, and section 3.3 for L_0
-def bound(model, schedule, x_0, n, sampler="beta_tilde"):
-    """Bits (B, 3) that images x_0 (B, D) cost at most: L_T, the sum of L_t for t = 1..T-1 here, and L_0, with
-    the beta_tilde of t = 1, as the authors do: its own is 0. Of the sum, n terms an image from a random t."""
-    T, first = len(schedule.betas), torch.randint(len(schedule.betas) - 1, (len(x_0),)).to(x_0.device)
-    L_T, L = kl_divergence(Normal(schedule.signal[-1] * x_0, schedule.noise_std[-1]), Normal(0.0, 1.0)), 0
-    for k in tqdm(range(n + 1), "bound"):
-        t = 1 + (first + k * (T - 1) // n) % (T - 1) if k < n else 0 * first
-        x_t = q_sample(schedule, x_0, t, torch.randn_like(x_0))
-        _, mean, variance = p_reverse(model, schedule, x_t, t, sampler.replace("ddim", "beta_tilde"))
-        p = Normal(mean, torch.where(t[:, None] > 0, variance, schedule.posterior_variance[1]).sqrt())
-        if k < n:
-            mean, variance = q_posterior(schedule, x_0, x_t, t)
-            L = L + kl_divergence(Normal(mean, variance.sqrt()), p) * (T - 1) / n
-    upper, lower = (p.cdf(x_0 + s / 255).where(s * x_0 < 0.999, (1 + s) / 2) for s in (1, -1))
-    L_0 = -(upper - lower).clamp(min=1e-12).log()  # eq. 13: the first and the last level have no end
-    return torch.stack([nats.sum(dim=1) for nats in (L_T, L, L_0)], dim=1) / math.log(2)
+# %% 6. Training
+RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD_SIZE processes and numbers them
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+SIGNALS = []  # Ctrl-C (SIGINT) and SIGTERM end the training early
 
 
-# %% 8. Network — appendix B; h is (B, C, H, W), temb is (B, 4 base_channels)
-def norm(C):
-    """Group norm of h (B, C, H, W): the authors' 32 groups if 128 divides C, else 4 channels or more each."""
-    return nn.GroupNorm(math.gcd(32, C, max(1, C // 4)), C)
-
-
-def conv(C_in, C_out, size=3, stride=1, gain=1.0):
-    """A convolution with the authors' first weights, Glorot's times gain: with gain 0 its output is 0."""
-    layer = nn.Conv2d(C_in, C_out, size, stride, size // 2)
-    nn.init.xavier_uniform_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class ResBlock(nn.Module):  # h (B, C_in, H, W) to (B, C, H, W), with or without self-attention
-    def __init__(self, args, C_in, C, attention):
-        super().__init__()
-        self.first = nn.Sequential(norm(C_in), nn.SiLU(), conv(C_in, C))
-        self.temb = nn.Sequential(nn.SiLU(), nn.Linear(4 * args.base_channels, C))
-        self.last = nn.Sequential(norm(C), nn.SiLU(), nn.Dropout(args.dropout), conv(C, C, gain=0))
-        self.shortcut = conv(C_in, C, 1) if C_in != C else nn.Identity()
-        self.qkv = nn.Sequential(norm(C), conv(C, 3 * C, 1)) if attention else None
-        self.out = conv(C, C, 1, gain=0) if attention else None
-
-    def forward(self, h, temb):
-        h = self.shortcut(h) + self.last(self.first(h) + self.temb(temb)[:, :, None, None])
-        if self.qkv is None:
-            return h
-        q, k, v = self.qkv(h).flatten(2).transpose(1, 2).chunk(3, dim=2)  # each (B, H W, C)
-        seen = scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(C)) v: all pixels see all
-        return h + self.out(seen.transpose(1, 2).reshape(h.shape))
-
-
-class UNet(nn.Module):  # x_t (B, C S S) and t (B,) to eps_theta(x_t, t) (B, C S S), 0 before training
-    def __init__(self, args, C):
-        super().__init__()
-        S, ch, n = args.image_size, args.base_channels, args.num_res_blocks
-        self.shape, self.ch, self.T, self.bf16 = (C, S, S), ch, args.num_timesteps, args.precision == "bf16"
-        self.temb = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
-        levels = [(ch * m, S >> k in args.attention_resolutions) for k, m in enumerate(args.channel_mults)]
-        downs, ups, skips, C_in = [conv(C, ch)], [], [ch], ch  # skips: channels that the way up sees again
-        for k, (width, attention) in enumerate(levels):
-            downs += [conv(C_in, C_in, stride=2)] if k > 0 else []  # halves height and width
-            skips += [C_in] * (k > 0) + [width] * n
-            for _ in range(n):
-                downs.append(ResBlock(args, C_in, width, attention))
-                C_in = width
-        self.middle = nn.ModuleList(ResBlock(args, C_in, C_in, attention) for attention in (True, False))
-        for k, (width, attention) in reversed(list(enumerate(levels))):
-            for _ in range(n + 1):
-                ups.append(ResBlock(args, C_in + skips.pop(), width, attention))
-                C_in = width
-            ups += [nn.Sequential(nn.Upsample(scale_factor=2), conv(width, width))] if k > 0 else []
-        self.downs, self.ups = nn.ModuleList(downs), nn.ModuleList(ups)
-        self.last = nn.Sequential(norm(width), nn.SiLU(), conv(width, C, gain=0))
-
-    def forward(self, x, t):
-        frequencies = 1000 / self.T * 10_000 ** -torch.linspace(0, 1, (self.ch + 1) // 2, device=x.device)
-        angles = t[:, None] * frequencies  # (B, base_channels / 2); t as if T were 1000
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1)[:, : self.ch])
-            h, skips = x.view(-1, *self.shape), []
-            for layer in self.downs:
-                h = layer(h, temb) if isinstance(layer, ResBlock) else layer(h)
-                skips.append(h)
-            h = self.middle[1](self.middle[0](h, temb), temb)
-            for layer in self.ups:
-                h = torch.cat((h, skips.pop()), dim=1) if isinstance(layer, ResBlock) else h
-                h = layer(h, temb) if isinstance(layer, ResBlock) else layer(h)
-            return self.last(h).flatten(1).float()
-
-
-# %% 9. Training
-def train(net, ema, images, args, checkpoint):
-    """Trains net and ema, its moving average, to the end or to Ctrl-C; writes model.pt and loss.png."""
-    (N, C, *_), B, T, out = images.shape, args.train_batch_size, args.num_timesteps, Path(args.output_dir)
-    steps, stop, device = args.num_training_steps or math.ceil(args.num_epochs * N / B), [], args.device
-    optimizer = torch.optim.Adam(net.parameters(), args.learning_rate, fused=True)
-    model = nn.parallel.DistributedDataParallel(net) if WORLD > 1 else net  # averages the gradients
-    schedule, losses = make_schedule(T, device), list(checkpoint["losses"]) if checkpoint else []
-    optimizer.load_state_dict(checkpoint["optimizer"] if checkpoint else optimizer.state_dict())
-    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    for step in (bar := tqdm(range(len(losses), steps), "train", steps, initial=len(losses), disable=RANK)):
-        torch.manual_seed((args.seed * 2_654_435_761 + step) % 2**32)  # no state to save: resuming is exact
-        optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 200, 1 - step / steps)
-        t = torch.randperm(B, device=device) * T // B + torch.randint(T, (1,), device=device)  # even mod T
-        chosen, eps = torch.randint(N, (B,), device=device), torch.randn(B, images[0].numel(), device=device)
-        x_0, t, eps = (part[RANK::WORLD] for part in (images[chosen].flatten(1) / 127.5 - 1, t % T, eps))
-        loss = loss_simple(model, schedule, x_0, t, eps).sum() * WORLD / B
+def train(net, ema, images, labels, options, path, state):
+    """Train net by Algorithm 1, with a moving average ema. state is {}, or what to resume."""
+    model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
+    alpha_bars = make_schedule(options["num_timesteps"]).float().to(images.device)
+    optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    B = options["train_batch_size"]
+    steps = range(state.get("step", 0), max(1, options["num_epochs"] * len(images) // B))
+    bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
+    saved = time.time()
+    for step in bar:
+        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # for --resume
+        batch = torch.randint(len(images), (B // WORLD_SIZE,))
+        x_0 = images[batch] / 127.5 - 1  # from 0..255 to -1..1, as in section 3.3
+        loss = loss_simple(model, alpha_bars, x_0, labels[batch], net.no_label)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        decay = min(args.ema_decay, (1 + step) / (10 + step))  # ema = decay ema + (1 - decay) net
-        torch._foreach_lerp_(list(ema.state_dict().values()), list(net.state_dict().values()), 1 - decay)
-        losses.append(loss.detach())
-        if step % 50 == 0:  # to read a loss is to wait for the device: not at every step
-            bar.set_postfix(loss=f"{torch.stack(losses[-100:]).mean():.4f}", refresh=False)
-        last = bool(stop) or step + 1 == steps  # stop: Ctrl-C, once; a second one ends the program
-        if RANK == 0 and (last or step % 500 == 499):
-            if not torch.stack(losses).isfinite().all():  # model.pt stays as it was
-                fail(f"--learning_rate {args.learning_rate}: NaN loss up to step {step + 1}; lower it")
-            content = {"ddpm_unet.py": vars(args), "losses": torch.stack(losses), "model": net.state_dict()}
-            content |= {"ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "channels": C}
-            save(out / "model.pt", lambda path, content: torch.save(content, path), content)
-            axes = Figure(layout="constrained").add_subplot(xlabel="step", ylabel="loss", yscale="log")
-            axes.plot(content["losses"].cpu(), ".", color="#0072B2", markersize=1)
-            save(out / "loss.png", axes.figure.savefig)
-        if last:
+        decay = min(0.9995, (1 + step) / (10 + step))  # a short memory at the beginning
+        with torch.no_grad():
+            for average, weight in zip(ema.parameters(), net.parameters()):
+                average.lerp_(weight, 1 - decay)
+        if step % 20 == 0:  # reading the loss waits for the GPU, so do it rarely
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        stop = torch.tensor(len(SIGNALS), device="cpu")
+        if WORLD_SIZE > 1:
+            distributed.all_reduce(stop)  # so that all processes stop after the same step
+        if RANK == 0 and (stop > 0 or step + 1 == steps.stop or time.time() > saved + 60):
+            if not loss.isfinite():
+                raise OSError("the loss is not finite: try a smaller --learning_rate")
+            weights = {"net": net, "ema": ema, "optimizer": optimizer}
+            weights = {name: part.state_dict() for name, part in weights.items()}
+            save_checkpoint(path, {"options": options, "step": step + 1, **weights})
+            saved = time.time()
+        if stop > 0:
             break
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# %% 10. Pictures and files
-def tile(x, C, columns=5):
-    """Picture (H, W, C), uint8, of images x (N, C S S) in [-1, 1], so many in a row; (H, W) if C = 1."""
-    S = math.isqrt(x.shape[1] // C)
-    x = pad(x, (0, 0, 0, -len(x) % columns), value=1.0).view(-1, columns, C, S, S).permute(0, 3, 1, 4, 2)
-    return ((x.reshape(-1, columns * S, C).squeeze(2) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+# %% 7. Pictures
+def to_bytes(x):
+    """Turn images in -1..1 into bytes 0..255."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
 
 
-def save(path, write, *parts, **options):
-    """write(another name, *parts, **options), then rename: the file is whole, or what it was before."""
+def tile(x, columns):
+    """Return one picture (H, W, 3), uint8, of images x (B, C, S, S) in -1..1."""
+    return make_grid(to_bytes(x), columns).permute(1, 2, 0).numpy()
+
+
+def sample(net, args, out):
+    """Draw images, each label in turn or all of one. Save them and a GIF of how they emerge."""
+    torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
+    x = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
+    classes = torch.tensor(args.label or range(args.num_classes))
+    if classes.max() >= args.num_classes:
+        raise OSError(f"--label {args.label}: the labels go from 0 to {args.num_classes - 1}")
+    labels = classes[torch.arange(len(x)) % len(classes)]
+    alpha_bars = make_schedule(args.num_timesteps)
+    num_steps = min(args.sampling_steps, args.num_timesteps)
+    chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
+    frames = []
+    for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
+        if steps_left % max(1, num_steps // 50) == 0:  # 50 to 100 frames
+            frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
+    imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
+    imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))
+    np.save(out / "samples.npy", to_bytes(x_t).permute(0, 2, 3, 1).squeeze(3))
+
+
+# %% 8. Files and command line
+MODEL = ["channels", "num_classes", "num_timesteps", "base_channels", "channel_mults"]
+TRAINING = ["dataset", "image_size", "train_batch_size", "num_epochs", "learning_rate", "seed"]
+
+
+def save_checkpoint(path, content):
+    """Save under another name, then rename, so that model.pt is always complete."""
+    temporary = path.with_suffix(".part")
+    torch.save(content, temporary)
+    temporary.replace(path)
+
+
+def load_checkpoint(path, device):
+    """Return what train has saved."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary := path.with_name(f".{path.name}"), *parts, **options)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        fail(f"--output_dir {path.parent}: {error}; name a folder with room that can be written")
+        state = torch.load(path, map_location=device, weights_only=True)
+        return {name: state[name] for name in ("options", "step", "net", "ema", "optimizer")}
+    except (KeyError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+        raise OSError(f"cannot use {path}: {error!r:.200}") from error
 
 
-# %% 11. The whole run
+def parse_options(argv):
+    """Return the parsed options and the content of the checkpoint, {} if there is none."""
+    device = str(torch.accelerator.current_accelerator(True) or "cpu")  # True: if present
+    parser = ArgumentParser(formatter_class=RawDescriptionHelpFormatter)
+    parser.usage, parser.description = "ddpm_unet.py [options]", __doc__
+    flag = parser.add_argument
+    flag("--dataset", default="mnist", help="mnist, or a folder of images; its folders are classes")
+    flag("--image_size", type=int, default=28, help="pixels on each side")
+    flag("--num_timesteps", type=int, default=1000, help="number of diffusion steps T")
+    flag("--base_channels", type=int, default=24, choices=range(8, 257, 8), help="network width")
+    flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
+    flag("--train_batch_size", "-b", type=int, default=32, help="images in a training step")
+    flag("--num_epochs", "-e", type=int, default=5, help="passes over the data")
+    flag("--learning_rate", "-l", type=float, default=1e-3, help="of Adam")
+    flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
+    flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
+    flag("--guidance", type=float, default=0.0, help="above 0, labels count more than in the data")
+    flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm is Algorithm 2 (with T steps)")
+    flag("--sampling_steps", type=int, default=50, help="fewer are quicker, T at most")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")
+    source.add_argument("--resume", help="model.pt whose training goes on, in its folder")
+    flag("--output_dir", help="folder for all files [outputs/ddpm_unet_NAME]")
+    flag("--data_dir", default="data", help="holds the 4 files of MNIST in MNIST/raw, or will")
+    flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
+    flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
+    args = parser.parse_args(argv)
+    state = {}
+    path = args.resume if args.checkpoint is None else args.checkpoint
+    if path is not None:
+        state = load_checkpoint(path, args.device)
+        parser.set_defaults(**state["options"])
+        args = parser.parse_args(argv)  # again, with these defaults
+    for name, value in vars(args).items():
+        if name not in ("seed", "guidance") and isinstance(value, (int, float)) and value <= 0:
+            parser.error(f"--{name} {value}: must be positive")
+    return args, state
+
+
 def main(argv=None):
-    """One run, from options to files; in a notebook main(["--nll", "100"]) stands for a command."""
-    args, checkpoint = parse_options(argv)
-    device, T, S, out = args.device, args.num_timesteps, args.image_size, Path(args.output_dir)
-    print(f"device: {device}, {args.precision}, {torch.get_num_threads()} CPU threads, process {RANK}")
-    if args.eval_path and (out / "model.pt").exists():
-        fail(f"--output_dir {out}: a training run is there, and stays as it is; name another folder")
-    distributed.init_process_group() if WORLD > 1 else None
+    """Train a model or load one, draw samples, and write everything to --output_dir."""
+    started = time.time()
+    args, state = parse_options(argv)
+    print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, process {RANK}")
+    torch.set_default_device(args.device)
+    if WORLD_SIZE > 1:
+        distributed.init_process_group()
+        if args.device != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(args.seed)
-    wanted = args.nll or not args.eval_path  # without training or --nll there is no need for data
-    images, test = (x.to(device) for x in load_images(args)) if wanted else (None, None)
-    C = checkpoint["channels"] if checkpoint else images.shape[1]
-    net, ema = UNet(args, C).to(device), UNet(args, C).to(device).eval().requires_grad_(False)
-    net.load_state_dict(checkpoint["model"] if checkpoint else net.state_dict())
-    ema.load_state_dict(checkpoint["ema"] if checkpoint else net.state_dict())
-    if wanted and RANK == 0:  # before the training: a folder that cannot be written fails now
-        data = test[torch.arange(100) % len(test)].flatten(1).cpu() / 127.5 - 1
-        eps, steps = torch.randn_like(data), torch.arange(100) // 10 * (T - 1) // 9
-        save(out / "data.png", imageio.imwrite, tile(data[:10], C))
-        save(out / "noisy.png", imageio.imwrite, tile(q_sample(make_schedule(T), data, steps, eps), C, 10))
-    None if args.eval_path else train(net, ema, images, args, checkpoint)
-    sys.exit() if RANK > 0 else None  # the first process goes on alone
-    chain = make_schedule(T, device, args.sampling_steps)
-    frames, loop = [], p_sample_loop(ema, chain, (args.eval_batch_size, C * S * S), args.seed, args.sampler)
-    for step, x, x_0_hat in tqdm(loop, "sampling", len(chain.betas) + 1):
-        if step % max(1, len(chain.betas) // 50) == 0 or step == len(chain.betas):  # a grey line between
-            frames.append(np.insert(np.hstack([tile(y[:25], C) for y in (x, x_0_hat)]), [5 * S] * 4, 128, 1))
-    save(out / "process.gif", imageio.mimsave, frames + frames[-1:] * 30, duration=100, loop=0)
-    save(out / "samples.png", imageio.imwrite, tile(x[:100], C, 10))
-    edge = (S - 28) // 2 * (args.dataset == "mnist")  # what pads a digit; not counted in bits per dimension
-    samples = tile(x, C, 1).reshape(-1, S, S, C)[:, edge : S - edge, edge : S - edge]
-    save(out / "samples.npy", np.save, samples if C > 1 else samples[..., 0])
-    metrics = {}
-    if args.nll:
-        x_0 = test[torch.randperm(len(test))[: args.nll]].flatten(1) / 127.5 - 1
-        bits = bound(ema, make_schedule(T, device), x_0, args.nll_terms, args.sampler).cpu() / samples[0].size
-        total, names = bits.sum(dim=1), ("L_T", "L_1 to L_{T-1}", "L_0")
-        metrics = {"bits per dimension": total.mean().item(), **dict(zip(names, bits.mean(dim=0).tolist()))}
-        metrics["standard error"] = total.std().item() / len(total) ** 0.5 if len(total) > 1 else None
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    facts = {"options": vars(args), "versions": versions, "device": device, "precision": args.precision}
-    facts |= {"seconds": round(time.perf_counter() - STARTED, 1), "metrics": metrics}
-    save(out / f"{'sample' if args.eval_path else 'run'}.json", Path.write_text, json.dumps(facts, indent=2))
-    print(f"{out}:", *sorted(path.name for path in out.iterdir()), metrics, f"({facts['seconds']} s)")
+    name = Path(args.dataset).name + ("" if args.checkpoint is None else "_samples")
+    out = Path(args.output_dir or f"outputs/ddpm_unet_{name}")
+    if args.resume is not None:
+        out = Path(args.resume).parent
+    elif (out / "model.pt").exists():
+        raise OSError(f"{out} holds a trained model: name another --output_dir, or --resume it")
+    out.mkdir(parents=True, exist_ok=True)
+    if args.checkpoint is None:
+        images, labels = load_images(args.dataset, args.data_dir, args.image_size)
+        _, args.channels, args.image_size, _ = images.shape
+        args.num_classes = labels.max().item() + 1
+    options = {name: getattr(args, name) for name in MODEL + TRAINING}
+    net = UNet(**{name: options[name] for name in MODEL})
+    ema = deepcopy(net).requires_grad_(False)
+    if state:
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+    if args.checkpoint is None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: SIGNALS.append(number))
+        images, labels = images.to(args.device), labels.to(args.device)
+        train(net, ema, images, labels, options, out / "model.pt", state)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if RANK > 0 or signal.SIGTERM in SIGNALS:
+            sys.exit()
+    sample(ema, args, out)
+    facts = {"options": vars(args), "seconds": time.time() - started, "torch": torch.__version__}
+    (out / "run.json").write_text(json.dumps(facts, indent=2))
+    print(f"Look at {out / 'samples.png'}.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, MemoryError, RuntimeError) as error:
+        words = "allocate", "state_dict", "writ", "download"
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise  # a mistake in this file, perhaps: show where
+        sys.exit(f"ddpm_unet.py: error: {' '.join(str(error).split())}")

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,36 +112,38 @@ def dpm():
 
 
 def unet():
-    """Speed of ddpm_unet.py with its default network, and share of the machine's matrix product."""
-    device = ddpm_unet.parse_options([])[0].device
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        args, _ = ddpm_unet.parse_options(["--precision", precision])
-        torch.manual_seed(0)
-        net, B = ddpm_unet.UNet(args, 1).to(device), args.train_batch_size
-        optimizer = torch.optim.Adam(net.parameters(), fused=True)
-        x, t = torch.randn(B, 784, device=device), torch.randint(1000, (B,), device=device)
-
-        def step(net=net, x=x, t=t, optimizer=optimizer):
-            optimizer.zero_grad()
-            F.mse_loss(net(x, t), x).backward()
-            optimizer.step()
-
-        with FlopCounterMode(display=False) as counter:
-            step()
-        a = torch.randn(2048, 2048, device=device).to(dtype)
-        peak = 2 * 2048**3 / median_seconds(lambda a=a: a @ a, 10)
-        seconds = median_seconds(step)
-        share = counter.get_total_flops() / seconds / peak
-        speed = f"{B / seconds:.0f} images/s"
-        text = f"{speed}, {share:.0%} of the matrix products' {peak / 1e9:.0f} GFLOPS"
-        yield f"U-Net, training in {precision}, batches of {B}", text
+    """Speed of ddpm_unet.py with its default network, in training and in sampling."""
     args, _ = ddpm_unet.parse_options([])
-    net = ddpm_unet.UNet(args, 1).to(device).eval().requires_grad_(False)
-    schedule = ddpm_unet.make_schedule(1000, device, 50)
-    for sampler in ("ddim", "beta_tilde"):  # the time goes with the steps
-        loop = lambda: list(ddpm_unet.p_sample_loop(net, schedule, (100, 784), 0, sampler))  # noqa: B023
-        seconds = median_seconds(loop, 3)
-        yield f"U-Net, 100 digits in 50 steps ({sampler}), {args.precision}", f"{seconds:.1f} s"
+    torch.set_default_device(args.device)
+    torch.manual_seed(0)
+    net = ddpm_unet.UNet(1, 10, args.num_timesteps, args.base_channels, args.channel_mults)
+    optimizer = torch.optim.Adam(net.parameters())
+    alpha_bars = ddpm_unet.make_schedule(args.num_timesteps)
+    B = args.train_batch_size
+    x_0 = torch.randn(B, 1, 28, 28)
+    labels = torch.randint(10, (B,))
+
+    def step():
+        optimizer.zero_grad()
+        ddpm_unet.loss_simple(net, alpha_bars.float().to(x_0.device), x_0, labels, 10).backward()
+        optimizer.step()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    a = torch.randn(2048, 2048)
+    peak = 2 * 2048**3 / median_seconds(lambda: a @ a, 10)
+    seconds = median_seconds(step)
+    share = counter.get_total_flops() / seconds / peak
+    speed = f"{B / seconds:.0f} images/s"
+    text = f"{speed}, {share:.0%} of the matrix products' {peak / 1e9:.0f} GFLOPS"
+    yield f"U-Net, training, batches of {B}", text
+    x_T = torch.randn(100, 1, 28, 28)
+    labels = torch.arange(100) % 10
+    for sampler in ddpm_unet.SAMPLERS:  # the time goes with the number of steps
+        chain = (net, alpha_bars, 50, x_T, labels, 0, sampler)
+        seconds = median_seconds(lambda chain=chain: list(ddpm_unet.p_sample_loop(*chain)), 3)
+        yield f"U-Net, 100 digits in 50 steps ({sampler})", f"{seconds:.1f} s"
+    torch.set_default_device("cpu")
 
 
 def parzen(samples, digits, sigma):

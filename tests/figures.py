@@ -40,7 +40,7 @@ def schedules(roll_betas):
     heartbeat = 1 - torch.arange(1, 2001) / 2000
     curves = [
         ("main.py, T = 200", main.make_schedule(200).signal ** 2, BLUE, "-"),
-        ("ddpm_unet.py, T = 1000", ddpm_unet.make_schedule(1000).signal ** 2, ORANGE, "--"),
+        ("ddpm_unet.py, T = 1000", ddpm_unet.make_schedule(1000), ORANGE, "--"),
         ("dpm_2015.py, swiss roll, learned, T = 40", learned, GREEN, "-"),
         ("dpm_2015.py, heartbeat, T = 2000", heartbeat, GREY, "-"),
     ]
@@ -161,40 +161,45 @@ def roll(args, content):
 
 
 @torch.no_grad()
-def unet(args, content):
+def unet(content):
     """One x_T through several samplers; and what the network sees in a digit at each t."""
-    net = ddpm_unet.UNet(args, content["channels"]).eval()
+    options = content["options"]
+    net = ddpm_unet.UNet(**{name: options[name] for name in ddpm_unet.MODEL})
     net.load_state_dict(content["ema"])
+    alpha_bars = ddpm_unet.make_schedule(options["num_timesteps"])
+    labels = torch.arange(12) % 10
     rows, names = [], []
-    ddim = [("ddim", steps) for steps in (10, 50, 250)]
-    for sampler, steps in (*ddim, ("beta_tilde", 250), ("beta", 250)):
-        schedule = ddpm_unet.make_schedule(args.num_timesteps, steps=steps)
-        *_, (_, x, _) = ddpm_unet.p_sample_loop(net, schedule, (12, 784), 3, sampler)
-        rows.append(x)
+    for sampler, steps in (("ddim", 10), ("ddim", 50), ("ddim", 250), ("ddpm", 250)):
+        torch.manual_seed(3)
+        x_T = torch.randn(12, 1, 28, 28)
+        chain = ddpm_unet.p_sample_loop(net, alpha_bars, steps, x_T, labels, 0, sampler)
+        rows.append(list(chain)[-1][1])
         names.append(f"{sampler}, {steps} steps")
     grid(rows, names, "figure_samplers.png")
     path = ROOT / "tests" / "mnist" / "t10k-images-idx3-ubyte.gz"
     images = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
-    digit = images[16 : 16 + 784].float() / 127.5 - 1  # the first, after 16 bytes of header
-    schedule = ddpm_unet.make_schedule(args.num_timesteps)
-    t = torch.linspace(0, args.num_timesteps - 1, 12).long()
+    digit = images[16 : 16 + 784].view(28, 28) / 127.5 - 1  # the first, after 16 bytes of header
+    t = torch.linspace(0, len(alpha_bars) - 1, 12).long()
     torch.manual_seed(0)
-    x_t = ddpm_unet.q_sample(schedule, digit.expand(12, -1), t, torch.randn(12, 784))
-    x_0_hat, _, _ = ddpm_unet.p_reverse(net, schedule, x_t, t)
+    eps = torch.randn(12, 1, 28, 28)
+    alpha_bar = alpha_bars[t].float().view(-1, 1, 1, 1)
+    x_t = ddpm_unet.q_sample(digit.expand(12, 1, -1, -1), alpha_bar, eps)
+    eps_hat = net(x_t, t, torch.full((12,), net.no_label))
+    x_0_hat = (x_t - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5
     titles = [f"step {step + 1}" for step in t.tolist()]
-    grid([x_t, x_0_hat], ["x_t", "x_0_hat"], "figure_sees.png", titles)
+    grid([x_t, x_0_hat.clamp(-1, 1)], ["x_t", "x_0_hat"], "figure_sees.png", titles)
 
 
 def grid(rows, names, path, titles=()):
-    """Rows of digits (n, 784) with a name each."""
+    """Rows of digits (n, 1, 28, 28) with a name each."""
     figure = Figure(figsize=(10, 0.85 * len(rows) + 0.3), dpi=90, layout="constrained")
     for axes, row, name in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, names):
-        axes.imshow(ddpm_unet.tile(row, 1, len(row)), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(ddpm_unet.tile(row, len(row)))
         axes.set(yticks=(), xticks=())
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
     if titles:
         first = figure.axes[0]
-        first.set_xticks([28 * k + 14 for k in range(len(titles))], titles, fontsize=8)
+        first.set_xticks([30 * k + 16 for k in range(len(titles))], titles, fontsize=8)
         first.xaxis.tick_top()
     figure.savefig(OUT / path)
 
@@ -208,4 +213,5 @@ if __name__ == "__main__":
     schedules(model.betas().detach())
     heart(*load(main, outputs / "heart" / "model.pt"))
     roll(roll_args, roll_content)
-    unet(*load(ddpm_unet, outputs / "ddpm_unet_mnist" / "model.pt"))
+    path = outputs / "ddpm_unet_mnist" / "model.pt"
+    unet(torch.load(path, map_location="cpu", weights_only=True))

@@ -19,7 +19,7 @@ import main
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"main.py": main, "dpm_2015.py": dpm_2015, "ddpm_unet.py": ddpm_unet}
-PACKAGES = {"torch", "torchvision", "numpy", "matplotlib", "imageio", "tqdm"}
+PACKAGES = {"torch", "torchvision", "numpy", "matplotlib", "imageio", "pillow", "tqdm"}
 RUN = "pip install -r requirements.txt && python main.py"
 TEST = "pip install -r requirements.txt pytest && python -m pytest"
 FILLED = {"FILE": "model.pt", "FOLDER": "folder", "DIR": "folder", "NAME": "heart"}
