@@ -13,8 +13,8 @@ x_0 is data, x_T is noise. The paper counts t = 1..T and we count 0..T-1: our t 
 B is the batch size and D the length of an example: 2 for points, 28 * 28 = 784 for digits.
 """
 
-import io
 import json
+import math
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -278,19 +278,16 @@ def load_data(name, data_dir):
         raise OSError(f"--dataset {name}: {error}; choose {DATA_HELP}") from error
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < 100 or not points.std(0).max() > 0:
         raise OSError(f"--dataset {name}: need 100 or more rows of 2 finite numbers")
-    return points.repeat(-(-8000 // len(points)), 1)  # so that an epoch has at least 8000 examples
+    return points.repeat(
+        math.ceil(8000 / len(points)), 1
+    )  # so that an epoch has at least 8000 examples
 
 
 def save_checkpoint(path, model, config):
     """Save under another name, then rename, so that model.pt is always complete."""
-    content = io.BytesIO()
-    torch.save({**config, "weights": model.state_dict()}, content)
     temporary = path.with_suffix(".part")
-    try:
-        temporary.write_bytes(content.getvalue())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    torch.save({**config, "weights": model.state_dict()}, temporary)
+    temporary.replace(path)
 
 
 def load_checkpoint(path, device):
@@ -300,7 +297,7 @@ def load_checkpoint(path, device):
         names = [*MODEL, "shift", "scale", "limit", "examples", "weights"]
         return {name: checkpoint[name] for name in names}
     except (KeyError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
-        raise OSError(f"cannot use --checkpoint {path}: {error!r:.42}") from error
+        raise OSError(f"cannot use --checkpoint {path}: {error!r:.200}") from error
 
 
 def parse_options(argv):
@@ -336,6 +333,8 @@ def parse_options(argv):
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 1_000_000:
             parser.error(f"--{name} {value}: must be positive, and at most 1,000,000")
+    if config and args.output_dir and Path(args.output_dir, "model.pt").exists():
+        parser.error(f"--output_dir {args.output_dir} holds a trained model: name another folder")
     if args.embedding_size % 2:
         parser.error("--embedding_size must be even")
     return args, config
@@ -394,6 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
+        words = "allocate", "writ"  # too large for the memory, or for the disk
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise  # a mistake in this file, perhaps: show where
         sys.exit(f"main.py: error: {' '.join(str(error).split())}")

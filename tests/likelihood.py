@@ -30,27 +30,28 @@ import ddpm_unet
 
 
 def predict(net, alpha_bars, x_0, labels, t):
-    """Draw x_t (eq. 4) and predict x_0 from it (eq. 15), clipped as in sampling. Return both.
+    """Draw x_t (eq. 4) and return x_0_hat (eq. 15), clipped as in sampling.
 
-    alpha_bars is (T,), labels and t are (B,), all else (B, 1, H, W), float64 but for the network.
+    alpha_bars is (T,), labels and t are (B,), x_0 and x_0_hat (B, 1, H, W). Only net is float32.
     """
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
     x_t = ddpm_unet.q_sample(x_0, alpha_bar, torch.randn_like(x_0))
     eps_hat = net(x_t.float(), t, labels)
     x_0_hat = (x_t - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5
-    return x_t, x_0_hat.clamp(-1, 1)
+    return x_0_hat.clamp(-1, 1)
 
 
 def step_nats(net, alpha_bars, x_0, labels, t):
     """Return KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), (B, 1, H, W), for t (B,) in 1..T-1.
 
-    x_t is drawn. Both are normal, of variance v = beta_tilde: (mean - mean_hat)^2 / 2v is left.
+    x_t is drawn. Both are normal, of variance v = beta_tilde: (difference of means)^2 / 2v is left.
     """
-    x_t, x_0_hat = predict(net, alpha_bars, x_0, labels, t)
-    two_alpha_bars = alpha_bars[t].view(-1, 1, 1, 1), alpha_bars[t - 1].view(-1, 1, 1, 1)
-    mean, variance = ddpm_unet.q_posterior(x_0, x_t, *two_alpha_bars)
-    mean_hat, _ = ddpm_unet.q_posterior(x_0_hat, x_t, *two_alpha_bars)
-    return (mean - mean_hat) ** 2 / (2 * variance)
+    error = x_0 - predict(net, alpha_bars, x_0, labels, t)
+    alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
+    alpha_bar_prev = alpha_bars[t - 1].view(-1, 1, 1, 1)
+    # In eq. 7, both means have the same term in x_t. What it says of error is their difference.
+    difference, variance = ddpm_unet.q_posterior(error, 0.0, alpha_bar, alpha_bar_prev)
+    return difference**2 / (2 * variance)
 
 
 def decoder_std(alpha_bars):
@@ -97,7 +98,7 @@ def bound(net, alpha_bars, x_0, labels, terms):
     for k in range(terms):
         t = 1 + (first + k * count // terms) % count
         steps += step_nats(net, alpha_bars, x_0, labels, t) * count / terms
-    _, mean = predict(net, alpha_bars, x_0, labels, torch.zeros_like(labels))  # eq. 7: is x_0_hat
+    mean = predict(net, alpha_bars, x_0, labels, torch.zeros_like(labels))  # by eq. 7, at t = 0
     L_0 = decoder_nats(x_0, mean, decoder_std(alpha_bars))
     nats = torch.stack((L_T, steps, L_0), dim=1)  # (B, 3, 1, H, W)
     return nats.flatten(2).mean(dim=2) / math.log(2)
@@ -109,7 +110,7 @@ def load_net(path):
     try:
         options = {name: state["options"][name] for name in ddpm_unet.MODEL}
         net = ddpm_unet.UNet(**options)
-        net.load_state_dict({name: value.float() for name, value in state["ema"].items()})
+        net.load_state_dict(state["ema"])  # copied into float32, whatever they are
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise OSError(f"cannot use {path}: {error!r:.200}") from error
     if options["channels"] != 1 or options["num_classes"] != 10 or options["num_timesteps"] < 2:
@@ -122,7 +123,8 @@ def load_digits(data_dir, count):
     try:
         mnist = MNIST(data_dir, train=False)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise OSError(f"cannot read MNIST in --data_dir {data_dir}: {error}") from error
+        message = f"--data_dir {data_dir}: no digits to read in MNIST/raw; ddpm_unet.py loads them"
+        raise OSError(message) from error
     if count > len(mnist):
         raise OSError(f"--num_images {count}: {data_dir} has only {len(mnist)} test digits")
     chosen = torch.randperm(len(mnist))[:count]

@@ -1,1406 +1,707 @@
-"""Tests of ddpm_unet.py: formulas against closed forms and oracles; the network; whole runs; bad input."""
+"""Tests of ddpm_unet.py.
 
-import ast
+The mathematics is compared with the papers' formulas in float64, with Bayes' rule, and with the
+exact best network, which is known where the data are a few images or a normal distribution.
+Training and pictures are watched while they run. The script itself runs as a user runs it, tiny,
+on good and on bad input: mostly inside this process, to save the seconds that torch needs to start.
+"""
+
 import gzip
-import importlib.util
 import json
-import math
 import os
-import re
+import runpy
 import signal
 import subprocess
 import sys
-import types
+from copy import deepcopy
+from itertools import pairwise
+from math import sqrt
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torchvision.datasets import MNIST
 
 import ddpm_unet as ddpm
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "ddpm_unet.py"
-TINY = "--image_size 8 --base_channels 4 --channel_mults 1 2 --num_res_blocks 1 --attention_resolutions 4"
-TINY += " --num_timesteps 20 --train_batch_size 4 --num_training_steps 3 --num_samples 4 --sampling_steps 3"
-TINY = [*TINY.split(), "--learning_rate", "0.5", "--precision", "fp32", "--device", "cpu"]
-FILES = ["data.png", "loss.png", "model.pt", "noisy.png", "process.gif", "run.json", "samples.npy"]
-FILES.append("samples.png")
-SAMPLERS = ["ddim", "beta", "beta_tilde"]
-NUMBERS = [name for name, (default, *_) in ddpm.OPTIONS.items() if not isinstance(default, str)]
-MODEL = list(ddpm.OPTIONS)[:8]  # these make the network, and a checkpoint keeps them
-LN2 = math.log(2)
+DIGITS = ROOT / "tests" / "mnist"
+TINY = "--num_timesteps 20 --base_channels 8 --channel_mults 1 2 --num_epochs 1"
+TINY = f"{TINY} --num_samples 12 --sampling_steps 4 --device cpu".split()
+SAMPLES = {"process.gif", "run.json", "samples.npy", "samples.png"}
+SAMPLERS = pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+
+
+@pytest.fixture(autouse=True)
+def signals(monkeypatch):
+    """Give each test the usual reaction to signals back, and no network."""
+    monkeypatch.setattr(ddpm, "SIGNALS", [])
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# %% Schedule and forward process
+def closed_form(T):
+    """Return the betas and alpha_bars in float64; for T = 1000 they are the paper's."""
+    betas = np.minimum(np.linspace(1e-4, 0.02, T) * 1000 / T, 0.999)
+    return betas, np.cumprod(1 - betas)
+
+
+@pytest.mark.parametrize("T", [1, 2, 8, 20, 50, 200, 1000, 4000])
+def test_schedule_and_q_sample(T):
+    alpha_bars, (betas, exact) = ddpm.make_schedule(T), closed_form(T)
+    np.testing.assert_allclose(alpha_bars, exact, rtol=1e-9)
+    assert alpha_bars.dtype == torch.float64 and (alpha_bars > 0).all()
+    assert T < 20 or alpha_bars[-1] < 1e-4  # x_T is noise
+    mean, variance = 1.0, 0.0
+    for t, beta in enumerate(betas):  # eq. 2, one step at a time: mean and variance, from x_0 = 1
+        mean, variance = sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        assert ddpm.q_sample(1.0, alpha_bars[t], 0.0).item() == pytest.approx(mean)
+        assert ddpm.q_sample(0.0, alpha_bars[t], 1.0).item() ** 2 == pytest.approx(variance)
+
+
+@pytest.mark.parametrize("jump", [1, 2, 7, 30])
+@pytest.mark.parametrize("t", [30, 31, 60, 99])
+def test_q_posterior_is_bayes_rule(t, jump):
+    """It is the product of q(x_s | x_0) and q(x_t | x_s), for s = t - jump: also a Gaussian."""
+    alpha_bars, x_0, x_t = closed_form(100)[1], torch.tensor([0.7, -0.2]), torch.tensor([-0.4, 2.0])
+    earlier, alpha = alpha_bars[t - jump], alpha_bars[t] / alpha_bars[t - jump]
+    precision = 1 / (1 - earlier) + alpha / (1 - alpha)
+    weighted = sqrt(earlier) * x_0 / (1 - earlier) + sqrt(alpha) * x_t / (1 - alpha)
+    mean, variance = ddpm.q_posterior(x_0, x_t, alpha_bars[t], earlier)
+    torch.testing.assert_close(mean, weighted / precision)
+    assert variance == pytest.approx(1 / precision)
+    mean, variance = ddpm.q_posterior(x_0, x_t, alpha_bars[t], 1.0)  # the last step leads to x_0
+    torch.testing.assert_close(mean, x_0)
+    assert variance == 0
+
+
+# %% Loss
+class Oracle:
+    """The exact best network for data (N, C, H, W), each as likely. Labels do not matter."""
+
+    no_label = 10
+
+    def __init__(self, data, T, factor=1.0):
+        self.data, self.factor = data, factor
+        self.alpha_bars = torch.tensor(closed_form(T)[1]).float()
+
+    def __call__(self, x_t, t, labels):
+        alpha_bar = self.alpha_bars[t].view(-1, 1, 1, 1)
+        distances = x_t[:, None] - alpha_bar.sqrt()[:, None] * self.data
+        log_weights = -distances.square().sum((2, 3, 4)) / (2 * (1 - alpha_bar[:, 0, 0]))
+        x_0_hat = torch.einsum("bn,nchw->bchw", log_weights.softmax(dim=1), self.data)
+        return self.factor * (x_t - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()
+
+
+POINTS = torch.tensor([[-0.9, -0.5, 0.1, 0.8], [0.9, 0.3, -0.6, -1.0], [0.0, 1.0, 0.5, 0.2]])
+POINTS = POINTS.view(3, 1, 2, 2)
+
+
+def test_loss_by_hand():
+    """The noise follows from what the network gets, and with it all that Algorithm 1 asks for."""
+    n, T, seen = 20_000, 10, []
+
+    def model(x_t, t, labels):
+        seen.extend((x_t, t, labels))
+        return 0.3 * x_t
+
+    torch.manual_seed(0)
+    x_0, given = torch.rand(n, 1, 1, 2, dtype=torch.float64), torch.arange(n) % 7
+    loss = ddpm.loss_simple(model, ddpm.make_schedule(T), x_0, given, 7)
+    x_t, t, labels = seen
+    alpha_bar = torch.tensor(closed_form(T)[1])[t].view(-1, 1, 1, 1)
+    eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+    assert loss.item() == pytest.approx((0.3 * x_t - eps).square().mean().item())
+    assert abs(eps.mean()) < 0.03 and abs(eps.std() - 1) < 0.03
+    assert abs((eps[..., 0] * eps[..., 1]).mean()) < 0.03  # another noise for each pixel
+    counts, dropped = t.bincount(minlength=T), labels == 7
+    assert len(counts) == T and ((counts - n / T) ** 2 / (n / T)).sum() < 30  # chi-square
+    assert abs(dropped.double().mean() - 0.1) < 0.01
+    assert torch.equal(labels[~dropped], given[~dropped])
+
+
+def test_the_best_network_has_the_least_loss():
+    def loss(data, factor):
+        torch.manual_seed(0)
+        net, x_0 = Oracle(data, 50, factor), data.repeat(1000, 1, 1, 1)
+        return ddpm.loss_simple(net, ddpm.make_schedule(50).float(), x_0, torch.zeros(len(x_0)), 0)
+
+    assert 0 < loss(POINTS, 1) < min(loss(POINTS, factor) for factor in (-1, 0, 0.9, 1.1))
+    assert loss(POINTS[:1], 1) < 1e-6  # there is nothing to guess
+
+
+# %% Sampling
+@pytest.mark.parametrize("t", [0, 1, 2, 25, 49])
+def test_p_sample_is_line_4_of_algorithm_2(monkeypatch, t):
+    betas, alpha_bars = closed_form(50)
+    beta, alpha_bar, earlier = betas[t], alpha_bars[t], alpha_bars[t - 1] if t > 0 else 1.0
+    x_t, eps, z = torch.randn(3, 2, 1, 3, 3, dtype=torch.float64)
+    monkeypatch.setattr(torch, "randn_like", lambda x: z)
+    x_0_hat = (x_t - sqrt(1 - alpha_bar) * eps) / sqrt(alpha_bar)  # eq. 15
+    sigma = sqrt((1 - earlier) / (1 - alpha_bar) * beta)  # of beta_tilde; 0 in the last step
+    expected = (x_t - beta / sqrt(1 - alpha_bar) * eps) / sqrt(1 - beta) + sigma * z
+    torch.testing.assert_close(ddpm.p_sample(x_0_hat, x_t, alpha_bar, earlier), expected)
+
+
+@pytest.mark.parametrize(("t", "s"), [(49, 48), (49, 20), (10, 3), (1, 0), (0, None), (49, None)])
+def test_ddim_step_is_equation_12(t, s):
+    """Equation 12 of arXiv 2010.02502 with sigma = 0, where its alpha is our alpha_bar."""
+    alpha_bars = closed_form(50)[1]
+    alpha, earlier = alpha_bars[t], 1.0 if s is None else alpha_bars[s]
+    x_t, eps = torch.randn(2, 2, 1, 3, 3, dtype=torch.float64)
+    x_0_hat = (x_t - sqrt(1 - alpha) * eps) / sqrt(alpha)
+    expected = sqrt(earlier) * x_0_hat + sqrt(1 - earlier) * eps
+    torch.testing.assert_close(ddpm.ddim_step(x_0_hat, x_t, alpha, earlier), expected)
+
+
+class Stub:
+    """A network that any hand can calculate, and that remembers what it was asked."""
+
+    no_label = 10
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x_t, t, labels):
+        self.calls.append((x_t, t.tolist(), labels.tolist()))
+        return 0.5 * x_t + 0.1 * labels.view(-1, 1, 1, 1)
+
+
+@SAMPLERS
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("num_steps", [2, 7, 50])
+def test_p_sample_loop(monkeypatch, sampler, guidance, num_steps):
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.7))
+    net, labels, x = Stub(), torch.tensor([3, 0]), torch.randn(2, 1, 4, 4)
+    schedule, step = ddpm.make_schedule(50), getattr(ddpm, f"{sampler}_step", ddpm.p_sample)
+    chain = [*ddpm.p_sample_loop(net, schedule, num_steps, x, labels, guidance, sampler)]
+    assert [k for k, _, _ in chain] == [*range(num_steps, -1, -1)] and chain[0][1] is x
+    per_step = 2 if guidance > 0 else 1
+    assert len(net.calls) == per_step * num_steps
+    visited = np.linspace(0, 49, num_steps).round().astype(int)
+    alpha_bars = [1.0, *closed_form(50)[1][visited]]
+    for (k, x_t, x_0_hat), (_, x_earlier, _) in pairwise(chain):
+        calls = net.calls[per_step * (num_steps - k) :][:per_step]
+        assert all(torch.equal(call[0], x_t) for call in calls)
+        assert [call[1] for call in calls] == per_step * [2 * [visited[k - 1]]]
+        assert sorted(call[2] for call in calls) == [[3, 0], [10, 10]][:per_step]
+        eps = 0.5 * x_t + 0.1 * ((1 + guidance) * labels.view(2, 1, 1, 1) - guidance * 10)
+        expected = (x_t - sqrt(1 - alpha_bars[k]) * eps) / sqrt(alpha_bars[k])
+        assert k < num_steps or (expected.abs() > 1).any()
+        torch.testing.assert_close(x_0_hat, expected.clamp(-1, 1))
+        expected = step(x_0_hat, x_t, alpha_bars[k], alpha_bars[k - 1])
+        torch.testing.assert_close(x_earlier, expected)
+    torch.testing.assert_close(chain[-1][1], x_0_hat)  # no noise in the last step
+    assert chain[-1][1] is chain[-1][2]
+
+
+@pytest.mark.xfail(strict=True, reason="ddpm_unet.py: one step starts at t = 0 instead of T - 1")
+def test_one_sampling_step_starts_from_pure_noise():
+    net = Stub()
+    [*ddpm.p_sample_loop(net, ddpm.make_schedule(50), 1, torch.zeros(1, 1, 2, 2), net, 0, "ddim")]
+    assert net.calls[0][1] == [49]
+
+
+@SAMPLERS
+@pytest.mark.parametrize("num_steps", [10, 50, 200])
+def test_samples_of_the_best_network_are_the_data(sampler, num_steps):
+    torch.manual_seed(0)
+    net, x, labels = Oracle(POINTS, 200), torch.randn(1500, 1, 2, 2), torch.zeros(1500).long()
+    schedule = ddpm.make_schedule(200)
+    *_, (_, x, _) = ddpm.p_sample_loop(net, schedule, num_steps, x, labels, 0.0, sampler)
+    distances, nearest = torch.cdist(x.flatten(1), POINTS.flatten(1)).min(dim=1)
+    assert distances.max() < 0.01 and (nearest.bincount(minlength=3) - 500).abs().max() < 100
+
+
+@SAMPLERS
+@pytest.mark.parametrize("num_steps", [6, 50])
+def test_samples_of_a_gaussian_follow_its_recursion(sampler, num_steps):
+    """For x_0 ~ N(m, s^2) the best eps is linear, so mean and variance follow step by step."""
+    m, s, n, alpha_bars = 0.1, 0.1, 50_000, closed_form(50)[1]
+
+    def x_0_hat(x, a):
+        return m + s**2 * sqrt(a) / (a * s**2 + 1 - a) * (x - sqrt(a) * m)
+
+    def net(x, t, labels):
+        a = alpha_bars[t[0].item()]
+        return (x - sqrt(a) * x_0_hat(x, a)) / sqrt(1 - a)
+
+    net.no_label, labels, mean, variance = 1, torch.zeros(n).long(), 0.0, 1.0
+    visited = [1.0, *alpha_bars[np.linspace(0, 49, num_steps).round().astype(int)]]
+    options = ddpm.make_schedule(50), num_steps, torch.randn(n, 1, 1, 1), labels, 0.0, sampler
+    for k, x_t, _ in ddpm.p_sample_loop(net, *options):
+        assert x_t.mean().item() == pytest.approx(mean, abs=6 * sqrt(variance / n))
+        assert x_t.var().item() == pytest.approx(variance, rel=6 * sqrt(2 / n))
+        a, b = visited[k], visited[k - 1]
+        if k > 0:  # eq. 12 of DDIM, with sigma^2 = beta_tilde for DDPM
+            tilde = (1 - b) / (1 - a) * (1 - a / b) if sampler == "ddpm" else 0.0
+            keep = sqrt((1 - b - tilde) / (1 - a))
+            slope = (sqrt(b) - keep * sqrt(a)) * (x_0_hat(1, a) - x_0_hat(0, a)) + keep
+            mean = (sqrt(b) - keep * sqrt(a)) * x_0_hat(mean, a) + keep * mean
+            variance = slope**2 * variance + tilde
+    assert mean == pytest.approx(m, abs=0.01)
+
+
+# %% Network
+def small_unet(channels=1, mults=(1, 2), T=20):
+    """Return a network for 3 classes, whose weights are all random, none zero."""
+    torch.manual_seed(1)
+    net = ddpm.UNet(channels, 3, T, 16, list(mults))
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return net
+
+
+@pytest.mark.parametrize("size", [16, 28, 30, 32])
+@pytest.mark.parametrize(("channels", "mults"), [(1, (1, 2, 4)), (3, (1, 2, 4)), (3, (1,))])
+def test_network(size, channels, mults):
+    """Shapes; the output depends on x_t, t and label; and every weight has a gradient."""
+    net, x_t = small_unet(channels, mults), torch.randn(2, channels, size, size)
+    t, labels = torch.tensor([3, 19]), torch.tensor([0, 3])  # 3 is no_label
+    found = net(x_t, t, labels)
+    assert found.shape == x_t.shape and net.no_label == 3
+    for inputs in ((x_t + 1, t, labels), (x_t, t - 1, labels), (x_t, t, labels.flip(0))):
+        assert ((net(*inputs) - found).abs().amax(dim=(1, 2, 3)) > 1e-4).all()
+    found.square().sum().backward()
+    for name, weight in net.named_parameters():
+        assert weight.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("T", [20, 1000, 4000])
+def test_time_is_embedded_as_if_T_were_1000(T):
+    net, seen, t = small_unet(T=T), [], torch.tensor([0, 7, T - 1])
+    net.temb.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net(torch.randn(3, 1, 8, 8), t, t * 0)
+    waves = 10_000 ** (-np.arange(32) / 31)  # as in the Transformer, for size 64
+    angles = t[:, None].numpy() * 1000 / T * waves
+    expected = np.concatenate((np.sin(angles), np.cos(angles)), axis=1)
+    np.testing.assert_allclose(seen[0], expected, rtol=0, atol=1e-3)
+
+
+def test_res_block_by_hand():
+    torch.manual_seed(0)
+    block, h, temb = ddpm.ResBlock(8, 16, 32), torch.randn(2, 8, 6, 6), torch.randn(2, 32)
+    torch.testing.assert_close(block(h, temb)[0, 3].std(), block.shortcut(h)[0, 3].std())
+    nn.init.normal_(block.conv_2[-1].weight)
+    silu, norm = nn.functional.silu, nn.functional.group_norm
+    x = block.conv_1[-1](silu(norm(h, 8))) + block.temb(temb).view(2, 16, 1, 1)
+    expected = block.shortcut(h) + block.conv_2[-1](silu(norm(x, 8)))
+    torch.testing.assert_close(block(h, temb), expected)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_skip_connections(level):
+    """Each block on the way up gets what its partner on the way down gave, and uses it."""
+    net, seen, C = small_unet(mults=(1, 2, 4)), [], 16 * 2**level
+    x, keep = (torch.randn(1, 1, 14, 14), torch.tensor([3]), torch.tensor([1])), torch.ones(3 * C)
+    found, keep[2 * C :] = net(*x), 0
+    net.downs[level].register_forward_hook(lambda module, _, output: seen.append(output))
+
+    def without_skip(module, inputs):
+        seen.append(inputs[0])
+        return inputs[0] * keep.view(1, -1, 1, 1), inputs[1]
+
+    net.ups[level].register_forward_pre_hook(without_skip)
+    assert (net(*x) - found).abs().max() > 1e-3 and torch.equal(seen[1][:, 2 * C :], seen[0])
+
+
+# %% Images
+def squares(*colours):
+    """Return an image of four squares, 16 x 16 pixels in all."""
+    array = np.array(colours, np.uint8).reshape(2, 2, 3)
+    return Image.fromarray(array.repeat(8, axis=0).repeat(8, axis=1))
+
+
+COLOURS = (250, 10, 20), (30, 220, 40), (20, 60, 240), (90, 90, 0)
+GREYS = (0, 0, 0), (80, 80, 80), (160, 160, 160), (255, 255, 255)
+PALE = (255, 255, 255), *COLOURS[1:]  # the first square is transparent, and becomes white
+PICTURE, GREY, CLEAR = squares(*COLOURS), squares(*GREYS), squares(*COLOURS)
+CLEAR.putalpha(squares((0, 0, 0), *3 * [(255, 255, 255)]).convert("L"))
+PALETTE, GREY_16 = PICTURE.quantize(4), np.array(GREY.convert("L"), np.uint16) * 257
+WIDE, TALL = Image.new("RGB", (40, 16), "pink"), Image.new("RGB", (16, 50), "pink")
+WIDE.paste(PICTURE, (12, 0))
+TALL.paste(PICTURE, (0, 17))
+TURNED, UPRIGHT = PICTURE.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+UPRIGHT[0x0112] = 6  # turn it by 90 degrees clockwise to see it as it was
+JPEG = {"quality": 95, "subsampling": 0}
+FILES = [  # name, image, options of the format, the four colours to see
+    ("grey.png", GREY.convert("L"), {}, GREYS),
+    ("colour.png", PICTURE, {}, COLOURS),
+    ("photo.JPG", PICTURE, JPEG, COLOURS),
+    ("palette.png", PALETTE, {}, COLOURS),
+    ("transparent_palette.png", PALETTE, {"transparency": PALETTE.getpixel((0, 0))}, PALE),
+    ("transparent.png", CLEAR, {}, PALE),
+    ("16_bit.png", Image.fromarray(GREY_16), {}, GREYS),
+    ("16_bit.tiff", Image.fromarray(GREY_16), {}, GREYS),
+    ("ink.tif", PICTURE.convert("CMYK"), {}, COLOURS),
+    ("turned.jpeg", TURNED, {**JPEG, "exif": UPRIGHT}, COLOURS),
+    ("wide.png", WIDE, {}, COLOURS),
+    ("tall.bmp", TALL, {}, COLOURS),
+    ("large.webp", PICTURE.resize((64, 64), 0), {"lossless": True}, COLOURS),
+    ("größe 数.png", PICTURE, {}, COLOURS),
+]
+
+
+@pytest.mark.parametrize(("name", "image", "options", "colours"), FILES, ids=[f[0] for f in FILES])
+def test_read_image(tmp_path, name, image, options, colours):
+    image.save(tmp_path / name, **options)
+    found = ddpm.read_image(str(tmp_path / name), 16)
+    assert found.shape == (3, 16, 16) and found.dtype == torch.uint8
+    seen = found[:, 4::8, 4::8].permute(1, 2, 0).reshape(4, 3)
+    np.testing.assert_allclose(seen, colours, rtol=0, atol=4)
+
+
+def test_folders_of_images(tmp_path):
+    """Subfolders are classes, in the order of their names; a flat folder is one class."""
+    for name in ("b/x.png", "a/y.png", "a/deep/z.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        GREY.save(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    for folder, labels in ((tmp_path, [0, 0, 1]), (tmp_path / "b", [0])):
+        images, found = ddpm.load_images(str(folder), "", 8)
+        assert images.shape == (len(labels), 1, 8, 8) and found.tolist() == labels  # grey
+    PICTURE.save(tmp_path / "b" / "colour.png")
+    assert ddpm.load_images(str(tmp_path), "", 8)[0].shape == (4, 3, 8, 8)
+
+
+def real(name):
+    """Return the digits of a file and their labels: 800 of "train" or 200 of "t10k"."""
+    images, labels = (
+        np.frombuffer(gzip.open(DIGITS / f"{name}-{kind}-ubyte.gz").read(), np.uint8)
+        for kind in ("images-idx3", "labels-idx1")
+    )
+    return torch.tensor(images[16:]).view(-1, 1, 28, 28), torch.tensor(labels[8:]).long()
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A folder with 800 training digits and 200 test digits of MNIST, as torchvision expects them."""
-    raw = tmp_path_factory.mktemp("data") / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in (ROOT / "tests" / "mnist").glob("*.gz"):
-        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    return raw.parent.parent
-
-
-def write_images(folder, n, channels, size=8):
-    """n pictures of noise, 000.png and on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, channels), dtype=np.uint8)
-    for k, image in enumerate(pixels.squeeze(3) if channels == 1 else pixels):
-        imageio.imwrite(folder / f"{k:03}.png", image)
-    return pixels
-
-
-@pytest.fixture(scope="session")
-def grey(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images") / "grey"
-    write_images(folder, 12, 1)
+def digits(tmp_path_factory):
+    """A folder with these digits, as torchvision wants them."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    for path in DIGITS.glob("*.gz"):
+        (folder / "MNIST/raw" / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     return folder
+
+
+def test_mnist(digits):
+    for found, expected in zip(ddpm.load_images("mnist", digits, 28), real("train")):
+        assert torch.equal(found, expected) and len(found) == 800
+
+
+# %% Training
+IMAGES, LABELS = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8), torch.arange(6) // 2
+OPTIONS = {"num_timesteps": 20, "learning_rate": 0.01, "train_batch_size": 4, "seed": 0}
+
+
+def train(path, net=None, state=None, **options):
+    """Train a small network for 4 steps, if nobody asks for more, and return it and its average."""
+    net = net or small_unet()
+    ema, options = deepcopy(net).requires_grad_(False), {**OPTIONS, "num_epochs": 3, **options}
+    ddpm.train(net, ema, IMAGES, LABELS, options, path / "model.pt", state or {})
+    return net, ema
+
+
+@pytest.mark.parametrize("first", [0, 10**6])
+def test_training(monkeypatch, tmp_path, first):
+    """Batches, scaled and with their labels; clipped gradients; and the moving average."""
+    net, norms, weights, batches = small_unet(), [], [], []
+    loss_simple, adam_step = ddpm.loss_simple, torch.optim.Adam.step
+    average = net.first.weight.detach().clone()
+
+    def watched_loss(model, alpha_bars, x_0, labels, no_label):
+        batches.append((x_0, labels))
+        np.testing.assert_allclose(alpha_bars, closed_form(20)[1], rtol=1e-5)
+        assert no_label == 3
+        return 1000 * loss_simple(model, alpha_bars, x_0, labels, no_label)  # large gradients
+
+    def watched_step(adam):
+        norms.append(torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item())
+        adam_step(adam)
+        weights.append(net.first.weight.detach().clone())
+
+    monkeypatch.setattr(ddpm, "loss_simple", watched_loss)
+    monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    adam = torch.optim.Adam(net.parameters(), 0.01).state_dict()
+    state = {"step": first, "optimizer": adam} if first else None
+    ema = train(tmp_path, net, state, num_epochs=3 + first * 4 // 6 + 1)[1]
+    assert len(norms) >= 4 and norms == pytest.approx([1] * len(norms), rel=1e-3)
+    for step, weight in enumerate(weights, first):
+        decay = 0.9995 if first else (1 + step) / (10 + step)
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(ema.first.weight, average, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(average, weights[-1])
+    for x_0, labels in batches:
+        found = (x_0[:, None] * 127.5 + 127.5 - IMAGES).abs().amax(dim=(2, 3, 4)) < 0.01
+        assert (found.sum(dim=1) == 1).all() and torch.equal(LABELS[found.int().argmax(1)], labels)
+    assert len({x_0.sum().item() for x_0, _ in batches}) == len(batches)  # fresh for each step
+
+
+def test_training_follows_the_seed(tmp_path):
+    a, b, c = (train(tmp_path, seed=seed)[0].last[-1].weight for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.allclose(a, c)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_is_never_saved(monkeypatch, tmp_path, value):
+    (tmp_path / "model.pt").write_text("earlier")
+    bad_loss, loss_simple = float(value), ddpm.loss_simple
+    monkeypatch.setattr(ddpm, "loss_simple", lambda *args: loss_simple(*args) * bad_loss)
+    with pytest.raises(OSError, match="^the loss is not finite: try a smaller --learning_rate"):
+        train(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+# %% Whole runs
+def run(out, *options):
+    """Run the whole of ddpm_unet.py, tiny, in this process."""
+    ddpm.main([*map(str, [*TINY, *options, "--output_dir", out])])
+
+
+def start(*options, module=()):
+    """Start ddpm_unet.py in a process of its own."""
+    command, pipe = [sys.executable, *module, ROOT / "ddpm_unet.py", *TINY], subprocess.PIPE
+    return subprocess.Popen([*map(str, [*command, *options])], stdout=pipe, stderr=pipe)
+
+
+def weights_of(path):
+    state = torch.load(path, weights_only=True)
+    return [state["net"], state["ema"], state["optimizer"]["state"]]
 
 
 @pytest.fixture(scope="session")
 def colour(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images") / "colour"
-    write_images(folder, 12, 3)
-    return folder
+    """Options for a folder of 6 colour images in 3 classes, and a folder trained for 9 steps."""
+    folder = tmp_path_factory.mktemp("colour")
+    for k in range(6):
+        (folder / "images" / "rgb"[k // 2]).mkdir(exist_ok=True, parents=True)
+        PICTURE.rotate(60 * k).save(folder / "images" / "rgb"[k // 2] / f"{k}.png")
+    options = f"--dataset {folder}/images --image_size 8 -b 4 -e 6 --seed 5".split()
+    run(folder / "run", *options)
+    return options, folder / "run"
 
 
 @pytest.fixture(scope="session")
-def grey_run(grey, tmp_path_factory):
-    """The folder of a tiny run."""
-    out = tmp_path_factory.mktemp("runs") / "grey"
-    run("--dataset", grey, "--output_dir", out)
-    return out
-
-
-def run(*options):
-    ddpm.main([*TINY, *map(str, options)])
-
-
-def plain(*options):
-    """A run with no other options than these."""
-    ddpm.main(["--device", "cpu", *map(str, options)])
-
-
-DIGITS = [*TINY, "--image_size", "28"]
-
-
-def arguments(*options):
-    return ddpm.parse_options([*TINY, "--dataset", "folder", *map(str, options)])[0]
-
-
-def refusal(capsys, options):
-    """The one line with which ddpm_unet.py refuses these options."""
-    with pytest.raises(SystemExit) as stop:
-        ddpm.main([str(option) for option in options])
-    assert stop.value.code == 2
-    lines = re.split(r"[\r\n]+", capsys.readouterr().err.strip())  # with those of a progress bar
-    assert not any("Traceback" in line for line in lines)
-    (line,) = [line for line in lines if line.startswith("ddpm_unet.py: error: ")]
-    return line
-
-
-def content(path):
-    return torch.load(path, weights_only=True)
-
-
-def contents_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def assert_equal(first, second):
-    """Nested dicts and lists of tensors and numbers, the same bit for bit."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert list(first) == list(second)
-        for key in first:
-            assert_equal(first[key], second[key])
-    elif isinstance(first, list):
-        assert len(first) == len(second)
-        for one, other in zip(first, second):
-            assert_equal(one, other)
-    else:
-        assert first == second
-
-
-def randomise(net, scale=0.2):
-    """A network like one in training: no layer is 0."""
-    torch.manual_seed(1)
-    for values in net.parameters():
-        values.data += scale * torch.randn_like(values)
-    return net
-
-
-def network(C=1, *options):
-    return randomise(ddpm.UNet(arguments(*options), C)).eval().requires_grad_(False)
-
-
-def alpha_bars(T):
-    """alpha_bar (T,) in float64, by the paper's betas, stretched to T steps."""
-    betas = [min(1000 / T * (1e-4 + (0.02 - 1e-4) * t / (T - 1)), 0.999) for t in range(T)]
-    return torch.tensor(np.cumprod([1 - beta for beta in betas]))
-
-
-def pairs(schedule, T):
-    """alpha_bar at each step of a chain and at the step before, as floats."""
-    now = alpha_bars(T)[schedule.timesteps].tolist()
-    return list(zip(now, [1.0, *now[:-1]]))
-
-
-def coefficients(now, before, sampler):
-    """a, b and variance of x_{t-1} ~ N(a x_0_hat + b x_t, variance), from two values of alpha_bar."""
-    beta = 1 - now / before
-    if sampler == "ddim":
-        b = math.sqrt((1 - before) / (1 - now))
-        return math.sqrt(before) - b * math.sqrt(now), b, 0.0
-    a, b = math.sqrt(before) * beta / (1 - now), math.sqrt(1 - beta) * (1 - before) / (1 - now)  # eq. 7
-    return a, b, beta if sampler == "beta" else (1 - before) / (1 - now) * beta
-
-
-def gaussian(T, s):
-    """The exact eps for data N(0, s^2)."""
-    now = alpha_bars(T)
-    slope = ((1 - now).sqrt() / (now * s**2 + 1 - now)).float()
-    return lambda x_t, t: slope[t, None] * x_t
-
-
-def oracle(T, points, weights=None):
-    """The exact eps for data that are these points (N, D): a softmax over them."""
-    now = alpha_bars(T).float()
-    weights = torch.ones(len(points)) if weights is None else weights
-
-    def model(x_t, t):
-        signal, noise = now[t, None].sqrt(), (1 - now[t, None]).sqrt()
-        distances = (x_t[:, None] - signal[:, None] * points).square().sum(dim=2)
-        x_0_hat = (weights.log() - distances / (2 * noise**2)).softmax(dim=1) @ points
-        return (x_t - signal * x_0_hat) / noise
-
-    return model
-
-
-# Network
-
-
-@pytest.mark.parametrize("C", [1, 3])
-@pytest.mark.parametrize("S", [28, 32])
-@pytest.mark.parametrize(("B", "ch"), [(1, 4), (3, 5), (2, 2)])
-def test_network_shapes(C, S, B, ch):
-    options = ["--image_size", S, "--base_channels", ch, "--channel_mults", 1, 2, 2]
-    net = network(C, *options, "--attention_resolutions", 7, 8)
-    x, t = torch.randn(B, C * S * S), torch.arange(B)
-    out = net(x, t)
-    assert out.shape == x.shape and out.dtype == torch.float32 and out.isfinite().all()
-    assert out.std() > 0
-    if B > 1:  # an image has nothing to do with the others in its batch
-        torch.testing.assert_close(net(x[1:2], t[1:2]), out[1:2], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("mults", "n", "attention"),
-    [([1], 1, [8]), ([1, 2, 3, 1], 1, [1]), ([2, 1], 3, [8, 4]), ([3, 1, 2], 2, [5]), ([1, 1, 1], 1, [8, 2])],
-)
-def test_every_activation_of_the_way_down_is_used_on_the_way_up(mults, n, attention):
-    options = ["--channel_mults", *mults, "--num_res_blocks", n, "--attention_resolutions", *attention]
-    net = network(2, *options)
-    down, up = [], []
-    for layer in net.downs:
-        layer.register_forward_hook(lambda layer, given, out: down.append(out))
-    blocks = [layer for layer in net.ups if isinstance(layer, ddpm.ResBlock)]
-    for layer in blocks:
-        layer.register_forward_pre_hook(lambda layer, given: up.append(given[0]))
-    assert net(torch.randn(3, 2 * 64), torch.arange(3)).shape == (3, 2 * 64)
-    assert len(down) == len(up) == len(blocks) == len(mults) * (n + 1)
-    for h, skip in zip(up, reversed(down)):
-        assert torch.equal(h[:, -skip.shape[1] :], skip) and h.shape[1] > skip.shape[1]
-    assert [h.shape[2] for h in down if h.shape[2] == 8 >> (len(mults) - 1)]
-    with_attention = [layer for layer in net.downs if getattr(layer, "qkv", None) is not None]
-    assert len(with_attention) == n * sum(8 >> k in attention for k in range(len(mults)))
-    assert net.middle[0].qkv is not None and net.middle[1].qkv is None
-
-
-def test_untrained_network_says_nothing():
-    net = ddpm.UNet(arguments("--dropout", 0.3), 3)
-    out = net(torch.randn(5, 3 * 64), torch.arange(5))
-    assert torch.equal(out, torch.zeros(5, 3 * 64))
-    out.square().sum().backward()  # it can learn all the same
-    loss = (torch.randn(5, 3 * 64) - net(torch.randn(5, 3 * 64), torch.arange(5))).square().mean()
-    loss.backward()
-    assert net.last[2].weight.grad.abs().sum() > 0
-
-
-def test_network_depends_on_x_and_t():
-    net = network()
-    x = torch.randn(1, 64)
-    outs = [net(x, torch.tensor([t])) for t in range(20)]
-    assert len({out.numpy().tobytes() for out in outs}) == 20
-    assert not torch.equal(net(x + 0.1, torch.tensor([0])), outs[0])
-
-
-def test_parameters_have_names_not_places():
-    net, other = network(), ddpm.UNet(arguments(), 1).eval()
-    x, t = torch.randn(3, 64), torch.arange(3)
-    other.load_state_dict(dict(reversed(list(net.state_dict().items()))))
-    assert torch.equal(net(x, t), other(x, t))
-
-
-@pytest.mark.parametrize(("ch", "T"), [(8, 1000), (5, 20), (2, 50)])
-def test_time_embedding(ch, T):
-    net, seen = network(1, "--base_channels", ch, "--num_timesteps", T), []
-    net.temb.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
-    net(torch.zeros(3, 64), torch.tensor([0, 7, 19]))
-    half = (ch + 1) // 2
-    for row, t in zip(seen[0].tolist(), (0, 7, 19)):
-        angles = [1000 / T * t / 10_000 ** (k / max(1, half - 1)) for k in range(half)]
-        expected = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
-        assert row == pytest.approx(expected[:ch], abs=1e-3)
-
-
-def test_paper_sized_network():
-    """Appendix B: 35.7 million parameters for CIFAR10, 32 groups in each normalisation."""
-    options = "--image_size 32 --base_channels 128 --channel_mults 1 2 2 2 --num_res_blocks 2"
-    args = arguments(*options.split(), "--attention_resolutions", 16, "--dropout", 0.1)
-    with torch.device("meta"):
-        net = ddpm.UNet(args, 3)
-    assert sum(values.numel() for values in net.parameters()) == pytest.approx(35.7e6, rel=0.005)
-    groups = {layer.num_groups for layer in net.modules() if isinstance(layer, torch.nn.GroupNorm)}
-    assert groups == {32}
-
-
-@pytest.mark.parametrize("C", [1, 2, 3, 4, 6, 12, 32, 64, 96, 128, 384])
-def test_groups_divide_the_channels(C):
-    layer = ddpm.norm(C)
-    assert C % layer.num_groups == 0 and (C < 128 or layer.num_groups == 32)
-    x = 3 + 2 * torch.randn(5, C, 4, 4)
-    groups = layer(x).reshape(5, layer.num_groups, -1)
-    torch.testing.assert_close(groups.mean(dim=2), torch.zeros(5, layer.num_groups), rtol=0, atol=1e-5)
-
-
-def test_residual_block_and_attention_by_hand():
-    args, (B, C_in, C, S) = arguments(), (2, 4, 8, 3)
-    block = randomise(ddpm.ResBlock(args, C_in, C, True)).eval().requires_grad_(False)
-    bare = ddpm.ResBlock(args, C_in, C, False).eval().requires_grad_(False)
-    bare.load_state_dict(block.state_dict(), strict=False)
-    h, temb = torch.randn(B, C_in, S, S), torch.randn(B, 16)
-    silu, functional, weights = (lambda x: x / (1 + (-x).exp())), torch.nn.functional, block.state_dict()
-
-    def layer(name, x, size):
-        return functional.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=size // 2)
-
-    def normal(name, x):
-        grouped = x.reshape(B, -1, 4, *x.shape[2:])  # 4 channels in a group
-        mean = grouped.mean(dim=(2, 3, 4), keepdim=True)
-        std = (grouped.var(dim=(2, 3, 4), keepdim=True, correction=0) + 1e-5).sqrt()
-        x = ((grouped - mean) / std).reshape(x.shape)
-        return x * weights[f"{name}.weight"][:, None, None] + weights[f"{name}.bias"][:, None, None]
-
-    inner = layer("first.2", silu(normal("first.0", h)), 3)
-    shift = silu(temb) @ weights["temb.1.weight"].T + weights["temb.1.bias"]
-    inner = layer("last.3", silu(normal("last.0", inner + shift[:, :, None, None])), 3)
-    expected = layer("shortcut", h, 1) + inner
-    torch.testing.assert_close(bare(h, temb), expected, rtol=1e-4, atol=1e-4)
-    qkv = layer("qkv.1", normal("qkv.0", expected), 1).reshape(B, 3, C, S * S)
-    seen = torch.zeros(B, C, S * S)
-    for image in range(B):
-        q, k, v = qkv[image]
-        for i in range(S * S):
-            scores = torch.stack([q[:, i] @ k[:, j] for j in range(S * S)]) / math.sqrt(C)
-            seen[image, :, i] = v @ (scores.exp() / scores.exp().sum())
-    expected = expected + layer("out", seen.reshape(B, C, S, S), 1)
-    torch.testing.assert_close(block(h, temb), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_bf16_is_close_to_fp32():
-    net = network(1, "--precision", "bf16")
-    x, t = torch.randn(5, 64), torch.arange(5)
-    low = net(x, t)
-    net.bf16 = False
-    high = net(x, t)
-    assert low.dtype == high.dtype == torch.float32
-    assert 0 < (low - high).abs().max() < 0.05 * high.abs().max()
-
-
-# Noise schedule
-
-
-@pytest.mark.parametrize("T", [20, 21, 50, 200, 1000, 4000])
-def test_schedule(T):
-    schedule, now = ddpm.make_schedule(T), alpha_bars(T)
-    before = torch.cat((torch.ones(1), now[:-1]))
-    expected = {
-        "betas": 1 - now / before,
-        "signal": now.sqrt(),
-        "noise_std": (1 - now).sqrt(),
-        "signal_prev": before.sqrt(),
-        "noise_variance_prev": 1 - before,
-        "posterior_variance": (1 - before) / (1 - now) * (1 - now / before),
-    }
-    assert torch.equal(schedule.timesteps, torch.arange(T))
-    assert set(vars(schedule)) == {"timesteps", *expected}
-    for name, values in expected.items():
-        torch.testing.assert_close(getattr(schedule, name).double(), values, rtol=1e-5, atol=1e-9)
-    assert 0 < now[-1] < 1e-3 and 0 < schedule.signal[-1] ** 2 < 1e-3
-    assert schedule.posterior_variance[0] == 0
-    assert ((schedule.betas > 0) & (schedule.betas < 1)).all()
-
-
-def test_schedule_is_the_papers_at_1000_steps():
-    betas = np.linspace(1e-4, 0.02, 1000)
-    schedule = ddpm.make_schedule(1000)
-    np.testing.assert_allclose(schedule.betas, betas, rtol=1e-5)
-    np.testing.assert_allclose(schedule.signal, np.sqrt(np.cumprod(1 - betas)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("T", [20, 21, 1000])
-@pytest.mark.parametrize("steps", [2, 3, 7, 19, 20, 50, 999, 1000, 5000])
-def test_shortened_chain(T, steps):
-    chain, full = ddpm.make_schedule(T, steps=steps), ddpm.make_schedule(T)
-    n, at = min(T, steps), chain.timesteps
-    assert all(len(values) == n for values in vars(chain).values())
-    assert at[0] == 0 and at[-1] == T - 1 and (at.diff() > 0).all()
-    assert at.diff().max() - at.diff().min() <= 1  # evenly spread
-    assert torch.equal(chain.signal, full.signal[at]) and torch.equal(chain.noise_std, full.noise_std[at])
-    assert torch.equal(chain.signal_prev[1:], chain.signal[:-1]) and chain.signal_prev[0] == 1
-    torch.testing.assert_close(
-        chain.signal, chain.signal_prev * (1 - chain.betas).sqrt(), rtol=1e-4, atol=1e-4
-    )
-    if n == T:
-        for name, values in vars(full).items():
-            assert torch.equal(getattr(chain, name), values)
-
-
-def test_chain_of_one_step():
-    chain = ddpm.make_schedule(20, steps=1)
-    assert chain.timesteps.tolist() == [19] and chain.posterior_variance.tolist() == [0.0]
-    *_, (_, x, _) = ddpm.p_sample_loop(gaussian(20, 0.5), chain, (3, 2), 0, "beta_tilde")
-    assert x.isfinite().all() and x.abs().max() <= 1
-
-
-# Forward process
-
-
-@pytest.mark.parametrize("T", [20, 200])
-def test_q_sample_is_t_single_steps(T):
-    schedule, t = ddpm.make_schedule(T), torch.arange(T)
-    mean, variance = 1.0, 0.0
-    one, zero = torch.ones(T, 1), torch.zeros(T, 1)
-    means = ddpm.q_sample(schedule, one, t, zero)[:, 0]
-    variances = ddpm.q_sample(schedule, zero, t, one)[:, 0] ** 2
-    for step, beta in enumerate(schedule.betas.double().tolist()):  # eq. 2, from x_0 = 1
-        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
-        assert means[step].item() == pytest.approx(mean, rel=1e-3, abs=1e-6)
-        assert variances[step].item() == pytest.approx(variance, rel=1e-4)
-
-
-@pytest.mark.parametrize(("T", "steps"), [(20, None), (50, None), (1000, None), (1000, 50), (50, 7)])
-def test_q_posterior_is_bayes_rule(T, steps):
-    """q(x_{t-1} | x_0) q(x_t | x_{t-1}) as a function of x_{t-1}: a product of two Gaussians."""
-    schedule = ddpm.make_schedule(T, steps=steps)
-    x_0, x_t = torch.tensor([[0.7, -1.0]]), torch.tensor([[-0.4, 1.3]])
-    for step, (now, before) in list(enumerate(pairs(schedule, T)))[1:]:
-        found_mean, found = ddpm.q_posterior(schedule, x_0, x_t, torch.tensor([step]))
-        alpha = now / before
-        precisions = 1 / (1 - before), alpha / (1 - alpha)
-        centres = math.sqrt(before) * x_0, x_t / math.sqrt(alpha)
-        mean = (precisions[0] * centres[0] + precisions[1] * centres[1]) / sum(precisions)
-        torch.testing.assert_close(found_mean, mean, rtol=1e-3, atol=2e-4)
-        assert found.shape == (1, 1) and found.item() == pytest.approx(1 / sum(precisions), rel=1e-3)
-        a, b, variance = coefficients(now, before, "beta_tilde")  # eq. 7
-        torch.testing.assert_close(found_mean, a * x_0 + b * x_t, rtol=1e-3, atol=2e-4)
-        assert found.item() == pytest.approx(variance, rel=1e-3)
-    mean, variance = ddpm.q_posterior(schedule, x_0, x_t, torch.tensor([0]))
-    assert torch.equal(mean, x_0) and variance.item() == 0
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("T", "steps"), [(50, None), (1000, 50)])
-def test_q_posterior_keeps_the_marginals(T, steps, eta):
-    """x_t of q(x_t | x_0), then this kernel, is q(x_{t-1} | x_0), whatever eta."""
-    schedule = ddpm.make_schedule(T, steps=steps)
-    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
-    for step, (now, before) in enumerate(pairs(schedule, T)):
-        t = torch.tensor([step])
-        a, variance = (part.item() for part in ddpm.q_posterior(schedule, one, zero, t, eta))
-        b = ddpm.q_posterior(schedule, zero, one, t, eta)[0].item()
-        assert a + b * math.sqrt(now) == pytest.approx(math.sqrt(before), abs=1e-5)
-        assert b**2 * (1 - now) + variance == pytest.approx(1 - before, rel=1e-4, abs=1e-7)
-        assert variance == pytest.approx(eta**2 * coefficients(now, before, "beta_tilde")[2], rel=1e-4)
-
-
-# Loss
-
-
-def test_loss_is_the_mean_squared_error():
-    schedule, t = ddpm.make_schedule(50), torch.tensor([0, 9, 49])
-    x_0, eps, guess = torch.randn(3, 3, 5)
-    seen = []
-    loss = ddpm.loss_simple(lambda x_t, t: seen.append((x_t, t)) or guess, schedule, x_0, t, eps)
-    assert loss.shape == (3,)
-    for row, step in enumerate(t.tolist()):
-        now, found, squares = alpha_bars(50)[step].item(), seen[0][0][row].tolist(), []
-        for place in range(5):
-            expected = math.sqrt(now) * x_0[row, place].item() + math.sqrt(1 - now) * eps[row, place].item()
-            assert found[place] == pytest.approx(expected, abs=1e-5)
-            squares.append((eps[row, place] - guess[row, place]).item() ** 2)
-        assert loss[row].item() == pytest.approx(sum(squares) / 5, rel=1e-5)
-    assert torch.equal(seen[0][1], t)
-    assert torch.equal(ddpm.loss_simple(lambda x_t, t: eps, schedule, x_0, t, eps), torch.zeros(3))
-
-
-def test_oracle_has_the_least_loss():
-    points = torch.tensor([[-0.9, 0.5], [0.3, -0.2], [0.8, 0.9]])
-    schedule, best = ddpm.make_schedule(50), oracle(50, points)
-    torch.manual_seed(0)
-    t, eps = torch.randint(50, (9000,)), torch.randn(9000, 2)
-
-    def loss(model):
-        return ddpm.loss_simple(model, schedule, points.repeat(3000, 1), t, eps).mean().item()
-
-    others = [loss(lambda x_t, t, factor=factor: factor * best(x_t, t)) for factor in (0.0, 0.9, 1.1)]
-    assert 0 < loss(best) < min(others)
-
-
-# Sampling
-
-
-POINTS = torch.tensor([[-1.0, -0.5, 0.3], [-0.5, 1.0, -0.2], [0.8, 0.9, 0.0], [0.6, -0.4, -1.0]])
-SHARES = torch.tensor([0.1, 0.2, 0.3, 0.4])
-
-
-@pytest.mark.parametrize(
-    ("sampler", "T", "steps", "tolerance"),
-    [("beta_tilde", 200, None, 0.0), ("ddim", 1000, 50, 0.02), ("ddim", 20, 50, 0.05)],
-)
-def test_exact_network_reproduces_the_data(sampler, T, steps, tolerance):
-    chain, n = ddpm.make_schedule(T, steps=steps), 3000
-    *_, (step, x, _) = ddpm.p_sample_loop(oracle(T, POINTS, SHARES), chain, (n, 3), 0, sampler)
-    distance, which = torch.cdist(x, POINTS).min(dim=1)
-    assert step == 0 and (distance < 0.05).float().mean() > 0.98
-    error = 5 * (SHARES * (1 - SHARES) / n).sqrt() + tolerance
-    assert ((which.bincount(minlength=4) / n - SHARES).abs() < error).all()
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize(("T", "steps"), [(100, None), (200, 25)])
-def test_chain_of_a_gaussian_follows_its_recursion(sampler, T, steps):
-    """For x_0 ~ N(0, s^2) the exact x_0_hat is linear in x_t, so the variance of each x_t is known."""
-    s, shape, variance = 0.25, (4000, 20), 1.0
-    chain = ddpm.make_schedule(T, steps=steps)
-    items = ddpm.p_sample_loop(gaussian(T, s), chain, shape, 0, sampler)
-    noise, first, known = 6 * math.sqrt(2 / 80_000), None, list(reversed(pairs(chain, T)))
-    for (step, x, x_0_hat), (now, before) in zip(items, [*known, (1.0, 1.0)]):
-        assert x.var().item() == pytest.approx(variance, rel=noise)
-        assert abs(x.mean().item()) < 6 * math.sqrt(variance / 80_000)
-        if sampler == "ddim":  # no noise: each x_t is x_T times a number
-            first = x if first is None else first
-            assert ((x - first * math.sqrt(variance)).abs() < 0.01).float().mean() > 0.999  # but for clipping
-        if step == 0:
-            break
-        guess = s**2 * math.sqrt(now) / (now * s**2 + 1 - now)
-        torch.testing.assert_close(x_0_hat, (guess * x).clamp(-1, 1), rtol=1e-3, atol=1e-3)
-        a, b, added = coefficients(now, before, sampler)
-        variance = (a * guess + b) ** 2 * variance + added * (step > 1)
-    assert step == 0 and math.sqrt(variance) == pytest.approx(s, rel=0.15 if steps is None else 0.3)
-
-
-def test_ddim_with_eta_1_is_the_ancestral_sampler():
-    """DDIM's eq. 12 with eq. 16 for sigma, where eps belongs to the clipped x_0_hat."""
-    schedule, net = ddpm.make_schedule(20), network()
-    torch.manual_seed(0)
-    x_t, clipped = 2 * torch.randn(6, 64), 0
-    for step, (now, before) in list(enumerate(pairs(schedule, 20)))[1:]:
-        t = torch.full((6,), step)
-        x_0_hat = (x_t - math.sqrt(1 - now) * net(x_t, t)) / math.sqrt(now)
-        clipped += (x_0_hat.abs() > 1).sum().item()
-        x_0_hat = x_0_hat.clamp(-1, 1)
-        eps = (x_t - math.sqrt(now) * x_0_hat) / math.sqrt(1 - now)
-        sigma = math.sqrt((1 - before) / (1 - now)) * math.sqrt(1 - now / before)
-        expected = math.sqrt(before) * x_0_hat + math.sqrt(1 - before - sigma**2) * eps
-        found_x_0, mean, variance = ddpm.p_reverse(net, schedule, x_t, t, "beta_tilde")
-        torch.testing.assert_close(found_x_0, x_0_hat, rtol=0, atol=1e-3)
-        torch.testing.assert_close(mean, expected, rtol=1e-3, atol=1e-3)
-        assert variance[0].item() == pytest.approx(sigma**2, rel=1e-3)
-        ddim, none = ddpm.p_reverse(net, schedule, x_t, t, "ddim")[1:]
-        expected = math.sqrt(before) * x_0_hat + math.sqrt(1 - before) * eps
-        torch.testing.assert_close(ddim, expected, rtol=1e-3, atol=1e-3)
-        assert not none.any()
-    assert clipped > 0
-
-
-def some_model(x_t, t):
-    return torch.sin(3 * x_t + t[:, None])
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [None, 6])
-def test_sample_loop(sampler, steps):
-    chain = ddpm.make_schedule(20, steps=steps)
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    first, again, other = (
-        list(ddpm.p_sample_loop(some_model, chain, (5, 3), seed, sampler)) for seed in (5, 5, 6)
-    )
-    assert torch.equal(torch.rand(3), expected)  # other random numbers are left alone
-    assert [step for step, *_ in first] == list(range(len(chain.betas), -1, -1))
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(first, again) for k in (1, 2))
-    assert not torch.equal(first[-1][1], other[-1][1])
-    assert all(x_0_hat.abs().max() <= 1 for _, _, x_0_hat in first)
-    assert any(x_0_hat.abs().max() == 1 for _, _, x_0_hat in first)
-    (one, x_1, x_0_hat), (zero, x_0, same) = first[-2:]
-    t = torch.zeros(5, dtype=torch.long)
-    mean = ddpm.p_reverse(some_model, chain, x_1, t, sampler)[1]
-    assert (one, zero) == (1, 0) and torch.equal(x_0, mean) and torch.equal(x_0, same)  # no noise
-    assert torch.equal(x_0, x_0_hat)
-
-
-def test_samplers_start_from_the_same_noise_and_part():
-    chain = ddpm.make_schedule(20)
-    loops = [list(ddpm.p_sample_loop(some_model, chain, (40, 30), 3, sampler)) for sampler in SAMPLERS]
-    assert all(torch.equal(loop[0][1], loops[0][0][1]) for loop in loops)
-    assert len({loop[-1][1].numpy().tobytes() for loop in loops}) == 3
-    assert loops[0][0][1].std().item() == pytest.approx(1, abs=0.1)
-
-
-def test_network_is_called_in_parts():
-    chain, sizes = ddpm.make_schedule(100, steps=10), []
-    torch.manual_seed(0)
-    x, t = torch.randn(600, 2), torch.randint(10, (600,))
-
-    def model(x_t, t):
-        sizes.append(len(x_t))
-        return some_model(x_t, t)
-
-    x_0_hat = ddpm.p_reverse(model, chain, x, t)[0]
-    assert sum(sizes) == 600 and max(sizes) <= 250
-    now = alpha_bars(100)[chain.timesteps[t]][:, None].float()
-    whole = ((x - (1 - now).sqrt() * some_model(x, chain.timesteps[t])) / now.sqrt()).clamp(-1, 1)
-    torch.testing.assert_close(x_0_hat, whole, rtol=1e-3, atol=1e-3)
-
-
-# Likelihood
-
-
-def within(values, expected):
-    """The mean of values (B,) is as expected, but for chance."""
-    error = values.std().item() / math.sqrt(len(values))
-    assert values.mean().item() == pytest.approx(expected, abs=5 * error + 1e-3 * abs(expected))
-    assert error < 0.05 * abs(expected)
-
-
-@pytest.mark.parametrize("sampler", ["beta_tilde", "beta"])
-@pytest.mark.parametrize(("T", "n"), [(50, 49), (50, 7), (20, 300)])
-def test_bound_for_gaussian_data(sampler, T, n):
-    """E[L_t] is known: x_0 - x_0_hat has the variance of x_0 given x_t, whatever x_t."""
-    s, D = 0.25, 8
-    torch.manual_seed(0)
-    x_0, expected = s * torch.randn(4000, D), 0.0
-    bits = ddpm.bound(gaussian(T, s), ddpm.make_schedule(T), x_0, n, sampler)
-    assert bits.shape == (4000, 3)
-    for now, before in pairs(ddpm.make_schedule(T), T)[1:]:
-        a, _, variance = coefficients(now, before, sampler)
-        posterior = coefficients(now, before, "beta_tilde")[2]
-        error = s**2 * (1 - now) / (now * s**2 + 1 - now)
-        ratio = posterior / variance
-        expected += 0.5 * (ratio - 1 - math.log(ratio) + a**2 * error / variance)
-    within(bits[:, 1], D * expected / LN2)
-    last = alpha_bars(T)[-1].item()
-    L_T = 0.5 * (last * (x_0.double().square().sum(dim=1) - D) - D * math.log(1 - last)) / LN2
-    torch.testing.assert_close(bits[:, 0].double(), L_T, rtol=0.01, atol=1e-5)
-
-
-def test_bound_takes_each_t_once():
-    seen = []
-
-    def model(x_t, t):
-        seen.append(t)
-        return x_t
-
-    schedule = ddpm.make_schedule(21)
-    ddpm.bound(model, schedule, torch.zeros(100, 2), 20)
-    taken = torch.stack(seen)  # (21, B)
-    assert torch.equal(taken.sort(dim=0)[0], torch.arange(21)[:, None].expand(21, 100))
-    seen.clear()
-    ddpm.bound(model, schedule, torch.zeros(200, 2), 5)
-    taken = torch.stack(seen[:5]).sort(dim=0)[0]
-    assert set(taken.diff(dim=0).flatten().tolist()) == {4}  # evenly spread
-    assert set(taken.flatten().tolist()) == set(range(1, 21)) and not seen[5].any()
-
-
-@pytest.mark.parametrize("T", [20, 1000])
-@pytest.mark.parametrize("centre", [-1.0, -0.99, -0.3, 0.0, 0.5, 1.0])
-def test_decoder_is_a_distribution_over_levels(T, centre):
-    """A network whose x_0_hat is always the same number: the mean of x_0 given x_1."""
-    now = alpha_bars(T).float()
-    model = lambda x_t, t: (x_t - now[t, None].sqrt() * centre) / (1 - now[t, None]).sqrt()
-    levels = torch.arange(256)[:, None] / 127.5 - 1
-    p = (2 ** -ddpm.bound(model, ddpm.make_schedule(T), levels, 1)[:, 2].double()).tolist()
-    assert sum(p) == pytest.approx(1, abs=1e-3)
-    first, second = alpha_bars(T)[:2].tolist()
-    std = math.sqrt((1 - first) / (1 - second) * (1 - second / first))
-    cdf = lambda x: 0.5 * (1 + math.erf((x - centre) / std / math.sqrt(2)))
-    edges = [0.0, *(cdf((2 * k - 256) / 255) for k in range(1, 256)), 1.0]
-    assert p == pytest.approx(np.diff(edges).tolist(), abs=3e-4)
-
-
-@pytest.mark.parametrize("T", [50, 400])
-def test_bound_is_above_the_entropy(T):
-    """8 images of 4 pixels, each as likely: no code needs less than 3 bits on average."""
-    levels = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 85], [85, 0, 170, 0], [255, 255, 255, 255]])
-    points = torch.cat((levels, levels.flip(0).flip(1) // 2)) / 127.5 - 1
-    points[4:] += torch.tensor([0.25, 0.0, 0.0, 0.0])
-    points = ((points + 1) * 127.5).round() / 127.5 - 1
-    assert len(points.unique(dim=0)) == 8
-    torch.manual_seed(0)
-    bits = ddpm.bound(oracle(T, points), ddpm.make_schedule(T), points.repeat(100, 1), T - 1).sum(dim=1)
-    error = bits.std().item() / math.sqrt(800)
-    assert 3 - 4 * error < bits.mean().item() < (15 if T == 50 else 9) and error < 0.3
-
-
-def test_bound_does_not_know_ddim():
-    schedule, x_0 = ddpm.make_schedule(20), torch.linspace(-1, 1, 60).view(20, 3)
-    results = []
-    for sampler in SAMPLERS:
-        torch.manual_seed(0)
-        results.append(ddpm.bound(some_model, schedule, x_0, 6, sampler))
-    ddim, beta, beta_tilde = results
-    assert torch.equal(ddim, beta_tilde)
-    assert (beta[:, 1] != ddim[:, 1]).all() and torch.equal(beta[:, ::2], ddim[:, ::2])
-
-
-def test_metrics_are_per_pixel_of_the_image_as_it_was(data_dir, colour, tmp_path, monkeypatch):
-    monkeypatch.setattr(ddpm, "bound", lambda model, schedule, x_0, *rest: x_0.new_tensor([[2.0, 3.0, 5.0]]))
-    monkeypatch.setattr(ddpm, "train", lambda *parts: None)
-    digits = ["--data_dir", data_dir, "--nll", 1]
-    for name, size, options in (
-        ("28", 784, ["--image_size", 28, *digits]),
-        ("32", 784, ["--image_size", 32, *digits]),
-        ("colour", 192, ["--dataset", colour, "--nll", 1]),
-    ):
-        run(*options, "--output_dir", tmp_path / name)
-        metrics = json.loads((tmp_path / name / "run.json").read_text())["metrics"]
-        assert metrics["bits per dimension"] == pytest.approx(10 / size)
-        parts = [metrics[part] for part in ("L_T", "L_1 to L_{T-1}", "L_0")]
-        assert parts == pytest.approx([2 / size, 3 / size, 5 / size])
-
-
-# Images
-
-
-def test_tile():
-    levels = torch.arange(256) / 127.5 - 1
-    assert np.array_equal(ddpm.tile(levels.view(1, 256), 1, 1).ravel(), np.arange(256))
-    x = torch.randn(3, 3, 4, 4).clamp(-1, 1)
-    picture = ddpm.tile(x.flatten(1), 3, 2)
-    assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8
-    for k in range(3):
-        row, column = 4 * (k // 2), 4 * (k % 2)
-        expected = ((x[k].permute(1, 2, 0) + 1) * 127.5).round()
-        assert np.array_equal(picture[row : row + 4, column : column + 4], expected)
-    assert (picture[4:, 4:] == 255).all()
-    assert ddpm.tile(x[:, 0].flatten(1), 1, 5).shape == (4, 20)
-    assert ddpm.tile(torch.full((1, 16), 7.0), 1, 1).max() == 255  # not 7 * 128 modulo 256
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_folder_of_images(tmp_path, channels):
-    pixels = write_images(tmp_path / "deep" / "er", 23, channels)
-    (tmp_path / "notes.txt").write_text("not an image")
-    images, test = ddpm.load_images(arguments("--dataset", tmp_path))
-    assert images.dtype == test.dtype == torch.uint8
-    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    here = [k for k in range(23) if k % 10]
-    assert torch.equal(test, pixels[[0, 10, 20]]) and torch.equal(images, pixels[here])
-
-
-def test_one_colour_image_makes_all_of_them_colour(tmp_path):
-    write_images(tmp_path, 5, 1)
-    image = np.full((8, 8, 3), 7, np.uint8)
-    image[3, 3] = 9, 7, 7
-    imageio.imwrite(tmp_path / "red.png", image)
-    images, test = ddpm.load_images(arguments("--dataset", tmp_path))
-    assert images.shape == (5, 3, 8, 8) and test.shape == (1, 3, 8, 8)
-    assert torch.equal(images[:-1, 0], images[:-1, 2]) and images[-1, :, 3, 3].tolist() == [9, 7, 7]
-
-
-def test_images_of_other_sizes_are_scaled_and_cropped(tmp_path):
-    wide = np.zeros((16, 48), np.uint8)
-    wide[:, 12:36] = 200  # the middle half
-    for name, image in (("a", wide), ("b", wide.T), ("c", np.full((4, 4), 50, np.uint8))):
-        imageio.imwrite(tmp_path / f"{name}.png", image)
-    images, test = ddpm.load_images(arguments("--dataset", tmp_path))
-    images = torch.cat((test, images))
-    assert images.shape == (3, 1, 8, 8)
-    assert (images[:2] == 200).all() and (images[2] == 50).all()
-
-
-def test_digits(data_dir):
-    raw = np.frombuffer((data_dir / "MNIST/raw/t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8)
-    raw = raw.reshape(-1, 28, 28)
-    for S, edge in ((28, 0), (32, 2)):
-        images, test = ddpm.load_images(
-            arguments("--dataset", "mnist", "--data_dir", data_dir, "--image_size", S)
-        )
-        assert images.shape == (800, 1, S, S) and test.shape == (200, 1, S, S)
-        assert np.array_equal(test[:, 0, edge : S - edge, edge : S - edge], raw)
-        assert test.sum().item() == raw.sum()  # zeros all around
-
-
-@pytest.mark.parametrize("kind", ["empty", "one", "absent", "file", "no images"])
-def test_folder_without_images(capsys, tmp_path, kind):
-    folder = tmp_path / "images"
-    if kind == "file":
-        folder.write_text("no folder")
-    elif kind != "absent":
-        folder.mkdir()
-    if kind == "one":
-        write_images(folder, 1, 1)
-    if kind == "no images":
-        (folder / "notes.txt").write_text("not an image")
-    line = refusal(capsys, [*TINY, "--dataset", folder, "--output_dir", tmp_path / "out"])
-    assert f"--dataset {folder}" in line and "fewer than 2 images" in line
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("kind", ["text", "truncated", "empty", "folder"])
-def test_broken_image_is_named(capsys, tmp_path, kind):
-    folder = tmp_path / "images"
-    write_images(folder, 4, 3)
-    whole, path = (folder / "001.png").read_bytes(), folder / "0015.png"
-    if kind == "folder":
-        path.mkdir()
-    else:
-        path.write_bytes({"text": b"hello", "truncated": whole[: len(whole) // 2], "empty": b""}[kind])
-    line = refusal(capsys, [*TINY, "--dataset", folder, "--output_dir", tmp_path / "out"])
-    assert str(path) in line and not (tmp_path / "out").exists()
-
-
-# Training
-
-
-def trained(steps, grey, out, *options):
-    """The content of model.pt after so many steps, and the network before the first one."""
-    args = arguments("--dataset", grey, "--num_training_steps", steps, "--output_dir", out, *options)
-    images, _ = ddpm.load_images(args)
-    torch.manual_seed(args.seed)
-    net = ddpm.UNet(args, 1)
-    ema = ddpm.UNet(args, 1).eval().requires_grad_(False)
-    ema.load_state_dict(net.state_dict())
-    start = {name: values.clone() for name, values in net.state_dict().items()}
-    ddpm.train(net, ema, images, args, None)
-    assert not any(parameter.requires_grad for parameter in ema.parameters())  # no graph behind the average
-    return content(Path(out) / "model.pt"), start
-
-
-@pytest.mark.parametrize("decay", [0.15, 0.999])
-def test_moving_average_warms_up(grey, tmp_path, decay):
-    average = None
-    for steps in (1, 2, 3, 4):  # in 4 steps or less the learning rate does not depend on their number
-        found, start = trained(steps, grey, tmp_path, "--ema_decay", decay)
-        average = average or start
-        keep = min(decay, steps / (9 + steps))  # of (1 + n) / (10 + n), where n counts from 0
-        average = {name: keep * average[name] + (1 - keep) * now for name, now in found["model"].items()}
-        for name, values in found["ema"].items():
-            torch.testing.assert_close(values, average[name], rtol=1e-5, atol=1e-7)
-    assert any(not torch.equal(found["ema"][name], now) for name, now in found["model"].items())
-    assert any(not torch.equal(start[name], now) for name, now in found["ema"].items())
-
-
-def test_learning_rate_rises_and_falls(grey, tmp_path, monkeypatch):
-    monkeypatch.setattr(ddpm, "loss_simple", lambda model, schedule, x_0, t, eps: cheap_loss(model, x_0))
-    for steps, expected in ((3, 3 / 200), (400, 1 / 400)):
-        found, _ = trained(steps, grey, tmp_path, "--learning_rate", 0.01)
-        assert found["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01 * expected)
-
-
-def cheap_loss(model, x_0):
-    return 2 + model.last[2].bias.square().sum() + x_0.mean(dim=1)
-
-
-def test_seeds_draw_different_batches(grey, tmp_path, monkeypatch):
-    seen = []
-
-    def loss(model, schedule, x_0, t, eps):
-        seen.append(eps)
-        return cheap_loss(model, x_0)
-
-    monkeypatch.setattr(ddpm, "loss_simple", loss)
-    for seed in (0, 1, 2**31 - 1):
-        trained(2, grey, tmp_path, "--seed", seed)
-    assert all(not torch.equal(a, b) for k, a in enumerate(seen) for b in seen[:k]) and len(seen) == 6
-
-
-@pytest.mark.parametrize(("B", "T"), [(20, 20), (7, 20), (50, 20), (3, 1000)])
-def test_batches(grey, tmp_path, monkeypatch, B, T):
-    seen = []
-
-    def loss(model, schedule, x_0, t, eps):
-        seen.append((x_0, t, eps))
-        return cheap_loss(model, x_0)
-
-    monkeypatch.setattr(ddpm, "loss_simple", loss)
-    trained(150, grey, tmp_path, "--train_batch_size", B, "--num_timesteps", T)
-    images, _ = ddpm.load_images(arguments("--dataset", grey))
-    known = {tuple(image) for image in images.flatten(1).tolist()}
-    used = {tuple(row) for x_0, *_ in seen for row in ((x_0 + 1) * 127.5).round().int().tolist()}
-    assert used == known
-    for x_0, t, _ in seen:
-        gaps = t.sort()[0].diff(append=t.min()[None] + T)  # on a circle
-        assert len(t) == len(x_0) == B and t.min() >= 0 and t.max() < T
-        assert gaps.min() >= T // B and gaps.max() <= -(-T // B)
-    every = torch.stack([t[0] for _, t, _ in seen])
-    assert every.float().mean().item() == pytest.approx((T - 1) / 2, abs=5 * T / math.sqrt(12 * 150))
-    assert every.float().std().item() == pytest.approx(T / math.sqrt(12), rel=0.2)
-    noise = torch.stack([eps for *_, eps in seen])
-    assert noise.mean().abs() < 5 / math.sqrt(noise.numel())
-    assert noise.var().item() == pytest.approx(1, abs=5 * math.sqrt(2 / noise.numel()))
-
-
-def test_training_learns(tmp_path):
-    """All images are black: eps is then known from x_t, and the loss falls."""
-    (tmp_path / "images").mkdir()
-    for k in range(4):
-        imageio.imwrite(tmp_path / "images" / f"{k}.png", np.zeros((8, 8), np.uint8))
-    options = ["--train_batch_size", 8, "--learning_rate", 0.005, "--base_channels", 8]
-    found, _ = trained(100, tmp_path / "images", tmp_path, *options)
-    assert len(found["losses"]) == 100
-    assert found["losses"][0].item() == pytest.approx(1, abs=0.3)  # the mean of eps^2
-    assert found["losses"][-20:].mean() < 0.5
-
-
-# Whole runs, tiny
-
-
-def check_run(out, **options):
-    """Pictures, numbers and no other file; returns the samples and the metrics."""
-    assert sorted(os.listdir(out)) == FILES
-    facts = json.loads((out / "run.json").read_text())
-    assert set(facts) == {"options", "versions", "device", "precision", "seconds", "metrics"}
-    assert set(ddpm.OPTIONS) <= set(facts["options"])
-    for name, value in options.items():
-        assert facts["options"][name] == value
-    assert facts["versions"]["torch"] == torch.__version__ and facts["seconds"] > 0
-    assert facts["versions"]["python"] in sys.version and facts["versions"]["numpy"] == np.__version__
-    assert facts["device"] == "cpu" and facts["precision"] == "fp32"
-    for name in ("data.png", "loss.png", "noisy.png", "samples.png"):
-        assert imageio.imread(out / name).std() > 0
-    with Image.open(out / "process.gif") as gif:
-        durations = []
-        for k in range(gif.n_frames):  # those that are alike are one, and last longer
-            gif.seek(k)
-            durations.append(gif.info["duration"])
-    assert len(durations) > 1 and sum(durations) == 100 * (3 + 1 + 30) and durations[-1] >= 3000
-    return np.load(out / "samples.npy"), facts["metrics"]
-
-
-def test_grey_run(grey_run, grey):
-    samples, metrics = check_run(grey_run, num_timesteps=20, seed=0, dataset=str(grey), channel_mults=[1, 2])
-    assert samples.shape == (4, 8, 8) and samples.dtype == np.uint8 and samples.std() > 0
-    assert metrics == {}
-    assert imageio.imread(grey_run / "samples.png").shape == (8, 80)
-    assert np.array_equal(imageio.imread(grey_run / "samples.png")[:, 8:16], samples[1])
-    assert imageio.imread(grey_run / "noisy.png").shape == (80, 80)
-
-
-def test_colour_run(colour, tmp_path, capsys):
-    run("--dataset", colour, "--output_dir", tmp_path / "x" / "y", "--nll", 2, "--nll_terms", 2)
-    samples, metrics = check_run(tmp_path / "x" / "y", nll=2)
-    assert samples.shape == (4, 8, 8, 3) and samples.dtype == np.uint8
-    assert imageio.imread(tmp_path / "x/y/samples.png").shape == (8, 80, 3)
-    parts = [metrics[part] for part in ("L_T", "L_1 to L_{T-1}", "L_0")]
-    assert metrics["bits per dimension"] == pytest.approx(sum(parts), rel=1e-4)
-    assert parts[0] >= 0 and min(parts[1:]) > 0 and metrics["standard error"] > 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("device: cpu, fp32") and all(name in printed for name in FILES)
-
-
-@pytest.mark.parametrize("S", [28, 32])
-def test_mnist_run(data_dir, tmp_path, S):
-    run("--data_dir", data_dir, "--image_size", S, "--output_dir", tmp_path / "run")
-    samples, _ = check_run(tmp_path / "run", image_size=S, dataset="mnist")
-    assert samples.shape == (4, 28, 28) and samples.dtype == np.uint8
-    saved, args = content(tmp_path / "run" / "model.pt"), arguments("--image_size", S)
-    net = ddpm.UNet(args, 1).eval().requires_grad_(False)
-    net.load_state_dict(saved["ema"])
-    *_, (_, x, _) = ddpm.p_sample_loop(net, ddpm.make_schedule(20, steps=3), (4, S * S), 0, "ddim")
-    edge = (S - 28) // 2
-    middle = x.view(4, S, S)[:, edge : S - edge, edge : S - edge]
-    assert np.array_equal(samples, ((middle + 1) * 127.5).round())
-
-
-@pytest.mark.parametrize(("S", "mults"), [(8, [1]), (16, [1, 2]), (20, [1, 2]), (29, [1]), (27, [1])])
-def test_digits_of_sizes_that_they_do_not_have(data_dir, tmp_path, capsys, S, mults):
-    out = tmp_path / "run"
-    options = ["--data_dir", data_dir, "--image_size", S, "--channel_mults", *mults, "--output_dir", out]
-    assert f"--image_size {S}" in refusal(capsys, [*TINY, *options]) and not out.exists()
-
-
-def test_metrics_of_one_image_are_valid_json(grey, tmp_path):
-    run("--dataset", grey, "--nll", 1, "--nll_terms", 2, "--output_dir", tmp_path)
-    metrics = json.loads((tmp_path / "run.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert metrics["metrics"]["bits per dimension"] > 0
-
-
-def test_same_seed_same_bits(grey, grey_run, tmp_path):
-    for name, seed in (("a", 0), ("b", 4)):
-        run("--seed", seed, "--dataset", grey, "--output_dir", tmp_path / name)
-    first, again, other = (
-        content(folder / "model.pt") for folder in (grey_run, tmp_path / "a", tmp_path / "b")
-    )
-    for part in ("model", "ema", "optimizer", "losses"):
-        assert_equal(again[part], first[part])
-    assert not torch.equal(other["losses"], first["losses"])
-    first, again = contents_of(grey_run), contents_of(tmp_path / "a")
-    for name in set(FILES) - {"run.json", "model.pt"}:
-        assert again[name] == first[name]
-    assert first["samples.npy"] != (tmp_path / "b" / "samples.npy").read_bytes()
-
-
-def test_short_options_and_their_other_names(grey, tmp_path):
-    args, _ = ddpm.parse_options(["-e", "7", "-l", "0.01", "-b", "9", "--num_samples", "11"])
-    assert (args.num_epochs, args.learning_rate, args.train_batch_size) == (7, 0.01, 9)
-    assert args.eval_batch_size == 11 and args.eval_path is None
-    assert ddpm.parse_options(["--eval_batch_size", "12"])[0].eval_batch_size == 12
-    shape = TINY[: TINY.index("--train_batch_size")]
-    rest = ["--num_samples", 1, "--sampling_steps", 1, "--dataset", grey]  # 10 training images
-    for name, options, steps in (
-        ("epochs", ["-e", 2, "-b", 4], 5),
-        ("steps", ["-e", 2, "-b", 4, "--num_training_steps", 1], 1),
-    ):
-        plain(*shape, *rest, *options, "--output_dir", tmp_path / name)
-        assert len(content(tmp_path / name / "model.pt")["losses"]) == steps
-
-
-def test_sampling_takes_no_data(grey_run, tmp_path, monkeypatch):
-    before = contents_of(grey_run)
+def grey(digits, tmp_path_factory):
+    """The folder of a training run on digits, started like any program, and what it printed."""
+    out = tmp_path_factory.mktemp("grey") / "run"
+    process = start("--data_dir", digits, "-b", 100, "--output_dir", out, "--guidance", 0.5)
+    printed, errors = process.communicate(timeout=600)
+    return out, printed.decode().splitlines() or errors
+
+
+def test_training_run(grey, colour):
+    out, lines = grey
+    assert lines[0].startswith("device: cpu, ") and lines[-1] == f"Look at {out / 'samples.png'}."
+    for out, shape in ((grey[0], (12, 28, 28)), (colour[1], (12, 8, 8, 3))):
+        assert {*os.listdir(out)} == SAMPLES | {"model.pt"}
+        samples, picture = np.load(out / "samples.npy"), Image.open(out / "samples.png")
+        assert samples.shape == shape and samples.dtype == np.uint8 and samples.std() > 5
+        S = shape[1]
+        assert picture.size == (10 * (S + 2) + 2, 2 * (S + 2) + 2)  # two rows
+        first = np.asarray(picture)[2 : S + 2, 2 : S + 2]
+        assert (first == samples[0].reshape(S, S, -1)).all()
+        with Image.open(out / "process.gif") as gif:
+            times = [gif.seek(k) or gif.info["duration"] for k in range(gif.n_frames)]
+            assert gif.size == (2 * (5 * (S + 2) + 2), 3 * (S + 2) + 2)  # x_t beside x_0_hat
+            assert sum(times) == 100 * (5 + 30) and gif.info["loop"] == 0  # stays, then again
+            last = np.asarray(gif.convert("RGB"))[2 : S + 2, 2 : S + 2]
+            assert abs(last.astype(int) - first).max() < 60  # it has but 256 colours
+        facts = json.loads((out / "run.json").read_text())
+        assert facts["torch"] == torch.__version__ and facts["seconds"] > 0
+    assert facts["options"].items() >= {"channels": 3, "num_classes": 3, "seed": 5}.items()
+    state = torch.load(out / "model.pt", weights_only=True)
+    assert state["step"] == 9 and {*state["options"]} == {*ddpm.MODEL, *ddpm.TRAINING}
+
+
+def test_sampling_needs_only_the_checkpoint(grey, tmp_path, monkeypatch):
+    """It draws with the averaged weights, in a folder of its own, the same for the same seed."""
+    before = {path.name: path.read_bytes() for path in grey[0].iterdir()}
+    state = torch.load(grey[0] / "model.pt", weights_only=True)
+    state["net"] = {name: weight * 0 for name, weight in state["net"].items()}
+    torch.save(state, tmp_path / "copy.pt")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ddpm, "load_images", lambda args: pytest.fail("reads data"))
-    plain("--eval_path", grey_run / "model.pt", "--data_dir", tmp_path / "nowhere")
-    folder = tmp_path / "outputs" / "ddpm_unet_grey_samples"
-    assert sorted(os.listdir(folder)) == ["process.gif", "sample.json", "samples.npy", "samples.png"]
-    assert (folder / "samples.npy").read_bytes() == before["samples.npy"]
-    facts = json.loads((folder / "sample.json").read_text())
-    assert facts["options"]["eval_batch_size"] == 4 and facts["options"]["channel_mults"] == [1, 2]
-    for name, options in (("one", ["--eval_batch_size", 1]), ("beta", ["--sampler", "beta"])):
-        plain("--checkpoint", grey_run / "model.pt", "--output_dir", name, *options)
-    assert np.load("one/samples.npy").shape == (1, 8, 8)
-    assert (tmp_path / "beta" / "samples.npy").read_bytes() != before["samples.npy"]
-    assert contents_of(grey_run) == before and not (tmp_path / "nowhere").exists()
+    ddpm.main([*TINY, "--checkpoint", "copy.pt", "--guidance", "0.5"])
+    out = tmp_path / "outputs" / "ddpm_unet_mnist_samples"
+    assert {*os.listdir(out)} == SAMPLES and {*os.listdir()} == {"copy.pt", "outputs"}
+    assert (out / "samples.npy").read_bytes() == before["samples.npy"]
+    others = ["--seed 1", "--guidance 5", "--guidance 0", "--sampler ddpm", "--sampling_steps 3"]
+    found = {before["samples.npy"]}
+    for number, options in enumerate([*others, "--label 3", "--label 3 4"]):
+        run(str(number), "--checkpoint", grey[0] / "model.pt", *options.split())
+        assert {*os.listdir(str(number))} == SAMPLES
+        found.add(Path(str(number), "samples.npy").read_bytes())
+    assert len(found) == 8  # each option counts
+    assert {path.name: path.read_bytes() for path in grey[0].iterdir()} == before
 
 
-def test_likelihood_of_a_checkpoint_reads_the_data(grey_run, tmp_path):
-    plain("--checkpoint", grey_run / "model.pt", "--nll", 2, "--nll_terms", 2, "--output_dir", tmp_path)
-    metrics = json.loads((tmp_path / "sample.json").read_text())["metrics"]
-    assert metrics["bits per dimension"] > 0 and metrics["standard error"] > 0
-    assert not (tmp_path / "model.pt").exists() and np.load(tmp_path / "samples.npy").shape == (4, 8, 8)
+def test_labels(grey, tmp_path, monkeypatch):
+    """Each label in turn, or those that we ask for; and without guidance, one call in each step."""
+    seen, forward = [], ddpm.UNet.forward
+    watched = lambda net, x, t, labels: seen.append(labels.tolist()) or forward(net, x, t, labels)
+    monkeypatch.setattr(ddpm.UNet, "forward", watched)
+    run(tmp_path / "a", "--checkpoint", grey[0] / "model.pt")
+    run(tmp_path / "b", "--checkpoint", grey[0] / "model.pt", "--label", 7, 2)
+    assert seen == 4 * [[*range(10), 0, 1]] + 4 * [6 * [7, 2]]
 
 
-def test_checkpoint_never_overwrites_a_training_run(grey_run, capsys):
-    before = contents_of(grey_run)
-    line = refusal(capsys, ["--checkpoint", grey_run / "model.pt", "--output_dir", grey_run])
-    assert f"--output_dir {grey_run}" in line
-    assert contents_of(grey_run) == before
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_early_end_and_resume(colour, tmp_path, monkeypatch, number):
+    """A resumed training is the same as one in one go, bit for bit."""
+    (options, whole), steps, loss_simple = colour, [], ddpm.loss_simple
+
+    def interrupted(*args):
+        steps.append(len(steps))
+        if len(steps) == 4:
+            signal.raise_signal(number)
+        return loss_simple(*args)
+
+    monkeypatch.setattr(ddpm, "loss_simple", interrupted)
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit, match="^None$|^0$|^$"):
+            run(tmp_path, *options)
+    else:  # Ctrl-C goes on to the samples
+        run(tmp_path, *options)
+    assert {*os.listdir(tmp_path)} == {"model.pt"} | (SAMPLES if number == signal.SIGINT else set())
+    assert len(steps) == torch.load(tmp_path / "model.pt")["step"] == 4
+    ddpm.SIGNALS.clear()
+    ddpm.main([*TINY[-6:], "--resume", str(tmp_path / "model.pt"), "-e", "6"])
+    results = weights_of(tmp_path / "model.pt"), weights_of(whole / "model.pt")
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert (tmp_path / "samples.npy").read_bytes() == (whole / "samples.npy").read_bytes()
 
 
-def test_no_dropout_in_samples(grey, tmp_path):
-    run("--dataset", grey, "--dropout", 0.5, "--num_training_steps", 5, "--output_dir", tmp_path / "run")
-    plain("--checkpoint", tmp_path / "run" / "model.pt", "--output_dir", tmp_path / "again")
-    first = np.load(tmp_path / "run" / "samples.npy")
-    assert np.array_equal(first, np.load(tmp_path / "again" / "samples.npy"))
-    saved = content(tmp_path / "run" / "model.pt")
-    net = ddpm.UNet(arguments("--dropout", 0), 1).requires_grad_(False)  # one that knows of no dropout
-    net.load_state_dict(saved["ema"])
-    *_, (_, x, _) = ddpm.p_sample_loop(net, ddpm.make_schedule(20, steps=3), (4, 64), 0, "ddim")
-    assert np.array_equal(first.reshape(4, 64), ((x + 1) * 127.5).round())
+def test_seed_of_a_whole_run(colour, tmp_path):
+    run(tmp_path, *colour[0], "--seed", 6)
+    (net, *_), (other, *_) = weights_of(tmp_path / "model.pt"), weights_of(colour[1] / "model.pt")
+    assert not torch.allclose(net["first.weight"], other["first.weight"], atol=0.1)
 
 
-def test_size_and_content_of_a_checkpoint(grey, tmp_path):
-    options = ["--base_channels", 32, "--num_training_steps", 1]
-    found, start = trained(1, grey, tmp_path, *options)
-    weights = 4 * sum(values.numel() for values in start.values())
-    assert (tmp_path / "model.pt").stat().st_size <= 4.5 * weights + 100_000
-    assert set(found) == {"ddpm_unet.py", "losses", "channels", "model", "ema", "optimizer"}
-    assert found["channels"] == 1 and found["ddpm_unet.py"]["base_channels"] == 32
-    assert sorted(os.listdir(tmp_path)) == ["loss.png", "model.pt"]
+def test_two_processes_are_one_with_both_halves(colour, tmp_path, monkeypatch):
+    """Its gradients, which Adam averages in exp_avg, are those of the mean of two losses."""
+    options, images, labels = colour[0], *ddpm.load_images(str(colour[0][1]), "", 8)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    together = start(*options, "-e", 2, "--output_dir", tmp_path / "two", module=torchrun)
+    loss_simple, steps = ddpm.loss_simple, []
+
+    def both_halves(net, alpha_bars, x_0, _, no_label):
+        losses = []
+        for rank in (0, 1):
+            torch.manual_seed((5 * 10**9 + len(steps)) * 2 + rank)
+            batch = torch.randint(6, (2,))
+            x_0 = images[batch] / 127.5 - 1
+            losses.append(loss_simple(net, alpha_bars, x_0, labels[batch], no_label))
+        steps.append(sum(losses) / 2)
+        return steps[-1]
+
+    monkeypatch.setattr(ddpm, "loss_simple", both_halves)
+    run(tmp_path / "one", *options, "-e", 2)
+    errors = together.communicate(timeout=600)[1]
+    assert {*os.listdir(tmp_path / "two")} == SAMPLES | {"model.pt"}, errors.decode()
+    one, two = (weights_of(tmp_path / name / "model.pt")[2] for name in ("one", "two"))
+    for number in one:
+        averages = one[number]["exp_avg"], two[number]["exp_avg"]
+        torch.testing.assert_close(*averages, rtol=1e-3, atol=1e-5)
 
 
-# Training that stops, and goes on
+# %% Command line
+def test_options():
+    """The defaults that the README tells of, and other names of options."""
+    args = vars(ddpm.parse_options("--eval_batch_size 9 -b 8 -e 7 -l 0.5".split())[0])
+    expected = {"num_samples": 9, "train_batch_size": 8, "num_epochs": 7, "learning_rate": 0.5}
+    expected |= {"dataset": "mnist", "num_timesteps": 1000, "sampler": "ddim", "guidance": 0.0}
+    assert args.items() >= {**expected, "sampling_steps": 50, "seed": 0, "label": None}.items()
 
 
-def act_at(monkeypatch, n, act):
-    """Does something within training step n."""
-    calls, loss_simple = [], ddpm.loss_simple
-
-    def counted(*parts):
-        calls.append(1)
-        if len(calls) == n:
-            act()
-        return loss_simple(*parts)
-
-    monkeypatch.setattr(ddpm, "loss_simple", counted)
-
-
-def ctrl_c():
-    signal.raise_signal(signal.SIGINT)
-
-
-def killed():
-    raise MemoryError
+COUNTS = ["image_size", "num_timesteps", "train_batch_size", "num_epochs", "num_samples"]
+COUNTS.append("sampling_steps")
+BAD = {f"--{name} {v}": f"--{name}" for name in COUNTS for v in (0, -2, "many")}
+BAD |= {"--base_channels 0": "--base_channels", "--base_channels 12": "--base_channels"}
+BAD |= {"--learning_rate 0": "--learning_rate", "--learning_rate 1e30": "--learning_rate"}
+BAD |= {"--sampler euler": "--sampler", "--device abacus": "--device", "--seed x": "--seed"}
+BAD |= {"--colour red": "--colour", "--channel_mults x": "--channel_mults"}
+NAMES = ["missing.pt", "empty.pt", "text.pt", "truncated.pt", "other.pt", "list.pt", "evil.pt"]
+BAD |= {f"--{flag} {name}": name for flag in ("checkpoint", "resume") for name in NAMES}
+BAD |= {"--checkpoint .": "cannot use .", "--checkpoint ": "cannot use : ", "--resume ": "cannot"}
+BAD |= {"--checkpoint model.pt --resume model.pt": "--resume: not allowed with argument --checkpo"}
+BAD |= {"--checkpoint model.pt --base_channels 16": "size mismatch for"}
+BAD |= {"--checkpoint model.pt --label 3": "--label [3]: the labels go from 0 to 2"}
+BAD |= {"--checkpoint model.pt --output_dir .": "holds a trained model", "--output_dir .": "holds"}
+BAD |= {"--output_dir file": "file", "--output_dir file/out": "file/out", "--dataset file": "file"}
+BAD |= {"--dataset missing": "missing", "--dataset damaged": "cannot read damaged/./b.png: "}
+BAD |= {"--dataset none": "no valid file", "--dataset mnist --data_dir .": "Error downloading"}
 
 
-@pytest.mark.parametrize(("n", "dropout"), [(1, 0), (3, 0.5), (4, 0)])
-def test_resumed_training_is_the_same_bit_for_bit(grey, tmp_path, monkeypatch, n, dropout):
-    options = ["--dataset", grey, "--num_training_steps", 5, "--dropout", dropout]
-    run(*options, "--output_dir", tmp_path / "whole")
-    path = tmp_path / "part" / "model.pt"
-    with monkeypatch.context() as patch:
-        act_at(patch, n, ctrl_c)  # training ends when the step is done, and the run goes on to sample
-        run(*options, "--output_dir", tmp_path / "part")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert check_run(tmp_path / "part")[0].shape == (4, 8, 8)
-    part = content(path)
-    assert len(part["losses"]) == n
-    with monkeypatch.context() as patch:
-        act_at(patch, 1, killed)
-        with pytest.raises(MemoryError):
-            plain("--resume", path)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert_equal(content(path), part)
-    plain("--resume", path)
-    whole, rest = content(tmp_path / "whole" / "model.pt"), content(path)
-    for name in ("model", "ema", "optimizer", "losses"):
-        assert_equal(rest[name], whole[name])
-    a, b = (np.load(tmp_path / folder / "samples.npy") for folder in ("whole", "part"))
-    assert np.array_equal(a, b)
+@pytest.fixture(scope="session")
+def bad_files(colour, tmp_path_factory):
+    """A folder with files that ddpm_unet.py must refuse."""
+    folder, whole = tmp_path_factory.mktemp("bad"), (colour[1] / "model.pt").read_bytes()
+    for name, content in (("model.pt", whole), ("truncated.pt", whole[: len(whole) // 2])):
+        (folder / name).write_bytes(content)
+    for name, text in (("empty.pt", ""), ("text.pt", "hello"), ("file", "mine")):
+        (folder / name).write_text(text)
+    evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("pwned",))})()
+    state = torch.load(folder / "model.pt", weights_only=True)
+    for name, content in (("other", {"model": 1}), ("list", [1]), ("evil", {**state, "net": evil})):
+        torch.save(content, folder / f"{name}.pt")
+    for name in ("damaged", "none"):
+        (folder / name).mkdir()
+    PICTURE.save(folder / "damaged/a.png")
+    (folder / "damaged/b.png").write_bytes((folder / "damaged/a.png").read_bytes()[:60])
+    return folder
 
 
-def test_resume_with_no_step_left_goes_on_to_sample(grey_run, tmp_path):
-    path, before = grey_run / "model.pt", contents_of(grey_run)
-    plain("--resume", path, "--output_dir", tmp_path / "out", "--num_samples", 2)
-    assert np.array_equal(np.load(tmp_path / "out" / "samples.npy"), np.load(grey_run / "samples.npy")[:2])
-    assert contents_of(grey_run) == before
-
-
-def test_resume_with_more_steps(grey, grey_run, tmp_path):
-    options = ["--num_training_steps", 5]
-    plain("--resume", grey_run / "model.pt", "--output_dir", tmp_path / "more", *options)
-    run("--dataset", grey, "--output_dir", tmp_path / "whole", *options)
-    more, whole = (content(tmp_path / name / "model.pt") for name in ("more", "whole"))
-    assert len(more["losses"]) == 5
-    assert_equal(more["model"], whole["model"])  # so early the learning rate is the same
-    assert len(content(grey_run / "model.pt")["losses"]) == 3
-
-
-def earlier_model(grey_run, tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    earlier = (grey_run / "model.pt").read_bytes()
-    (out / "model.pt").write_bytes(earlier)
-    return out, earlier
-
-
-def half_a_file(content, path):
-    Path(path).write_bytes(b"half")
-    raise RuntimeError("PytorchStreamWriter failed writing file data/7: file write failed")
-
-
-def test_half_a_checkpoint_never_replaces_a_whole_one(grey, grey_run, capsys, monkeypatch, tmp_path):
-    out, earlier = earlier_model(grey_run, tmp_path)
-    monkeypatch.setattr(torch, "save", half_a_file)
-    line = refusal(capsys, [*TINY, "--dataset", grey, "--output_dir", out])
-    assert f"--output_dir {out}" in line and "file write failed" in line
-    assert (out / "model.pt").read_bytes() == earlier
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-@pytest.mark.parametrize("name", ["model.pt", "samples.npy", "run.json"])
-def test_full_disk(grey, grey_run, capsys, tmp_path, name):
-    out, earlier = earlier_model(grey_run, tmp_path)
-    (out / f".{name}").symlink_to("/dev/full")
-    line = refusal(capsys, [*TINY, "--dataset", grey, "--output_dir", out])
-    assert f"--output_dir {out}" in line and not (name != "model.pt" and (out / name).exists())
-    assert ((out / "model.pt").read_bytes() == earlier) == (name == "model.pt")
-
-
-def test_file_that_cannot_be_finished_leaves_the_earlier_one(tmp_path, capsys):
-    path = tmp_path / "file"
-    path.write_text("earlier")
-
-    def write(temporary):
-        temporary.write_text("half")
-        raise OSError("No space left on device")
-
+@pytest.mark.parametrize("options", BAD)
+def test_bad_input(options, bad_files, colour, tmp_path, monkeypatch, capsys):
+    """One line names what is wrong, and no file changes."""
+    monkeypatch.chdir(bad_files)
+    before = {path: path.stat().st_mtime_ns for path in bad_files.rglob("*") if path.is_file()}
+    command = [*TINY, *map(str, colour[0])]
+    command += [] if "output_dir" in options else ["--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["ddpm_unet.py", *command, *options.split(" ")])
     with pytest.raises(SystemExit) as stop:
-        ddpm.save(path, write)
-    line = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and line.startswith("ddpm_unet.py: error: --output_dir")
-    assert str(tmp_path) in line and "No space left" in line
-    assert path.read_text() == "earlier"
+        runpy.run_path(str(ROOT / "ddpm_unet.py"), run_name="__main__")
+    # argparse prints its message itself, and exits with 2. Ours goes to sys.exit, which prints it.
+    line = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code
+    assert line.startswith("ddpm_unet.py: error: ") and "\n" not in line and BAD[options] in line
+    assert before == {p: p.stat().st_mtime_ns for p in bad_files.rglob("*") if p.is_file()}
+    assert not (bad_files / "pwned").exists() and not (tmp_path / "out" / "model.pt").exists()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("step", [1, 3])
-def test_loss_that_is_not_finite(grey, grey_run, capsys, monkeypatch, tmp_path, step, value):
-    out, earlier = earlier_model(grey_run, tmp_path)
-    calls, loss_simple = [], ddpm.loss_simple
-
-    def spoiled(*parts):
-        calls.append(1)
-        return loss_simple(*parts) * (value if len(calls) == step else 1)
-
-    monkeypatch.setattr(ddpm, "loss_simple", spoiled)
-    line = refusal(capsys, [*TINY, "--dataset", grey, "--output_dir", out])
-    assert "--learning_rate 0.5" in line and not (out / "samples.npy").exists()
-    assert (out / "model.pt").read_bytes() == earlier
+# %% The model in the box
+BOX = ROOT / "tests" / "models" / "ddpm_unet_mnist.pt"
+BOXED = pytest.mark.skipif(not BOX.exists(), reason="tests/models/ddpm_unet_mnist.pt is missing")
+LOSSES = {10: (0.05, 0.6), 100: (0.02, 0.12), 500: (0.002, 0.02), 900: (0.0, 0.006)}
 
 
-# Two processes
+@BOXED
+def test_samples_of_the_boxed_model_show_their_labels(tmp_path):
+    """The nearest of 1,000 real digits mostly has the label that we asked for."""
+    options = ["--checkpoint", BOX, "--sampling_steps", 20, "--device", "cpu"]
+    ddpm.main([*map(str, [*options, "--output_dir", tmp_path])])
+    samples = torch.tensor(np.load(tmp_path / "samples.npy")).flatten(1).float()
+    images, labels = map(torch.cat, zip(real("train"), real("t10k")))
+    nearest = torch.cdist(samples, images.flatten(1).float()).argmin(dim=1)
+    assert (labels[nearest] == torch.arange(100) % 10).float().mean() > 0.75
 
 
-def test_two_processes_are_one(grey, tmp_path):
-    """The real script, by torchrun: the mean of the gradients is that of the joint batch, of 5 images."""
-    options = [*TINY, "--dataset", str(grey), "--train_batch_size", "5", "--attention_resolutions", "1"]
-    options += ["--learning_rate", "0.05"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(SCRIPT), *options, "--output_dir", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "process 0" in done.stdout and "process 1" in done.stdout and "Traceback" not in done.stderr
-    assert check_run(tmp_path / "two")[0].shape == (4, 8, 8)
-    plain(*options, "--output_dir", tmp_path / "one")
-    plain(*options, "--train_batch_size", 4, "--output_dir", tmp_path / "other")
-    one, two, other = (content(tmp_path / name / "model.pt") for name in ("one", "two", "other"))
-    for state, twin in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values()):
-        mean = state["exp_avg"]  # of the gradients
-        torch.testing.assert_close(twin["exp_avg"], mean, rtol=1e-3, atol=1e-3 * mean.abs().max().item())
-    for name, values in one["model"].items():
-        torch.testing.assert_close(two["model"][name], values, rtol=0, atol=1e-5)
-    assert (other["model"]["last.2.weight"] - one["model"]["last.2.weight"]).abs().max() > 1e-4
-    assert list(one["model"]) == list(two["model"])
-
-
-# Bad input
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", ["-3", "many", str(10**12), "nan"])
-def test_numbers_that_make_no_sense(capsys, name, value):
-    line = refusal(capsys, [f"--{name}", value])
-    assert f"--{name}" in line and value in line
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--image_size", "0"),
-        ("--image_size", "3"),
-        ("--image_size", "28.5"),
-        ("--num_timesteps", "19"),
-        ("--base_channels", "1"),
-        ("--channel_mults", "0"),
-        ("--num_res_blocks", "0"),
-        ("--attention_resolutions", "0"),
-        ("--dropout", "1"),
-        ("--train_batch_size", "0"),
-        ("-b", "0"),
-        ("--num_epochs", "0"),
-        ("-e", "0.5"),
-        ("--num_training_steps", "2.5"),
-        ("--learning_rate", "0"),
-        ("--learning_rate", "inf"),
-        ("-l", "11"),
-        ("--ema_decay", "1.5"),
-        ("--eval_batch_size", "0"),
-        ("--num_samples", "0"),
-        ("--sampling_steps", "0"),
-        ("--nll_terms", "0"),
-        ("--seed", str(2**31)),
-        ("--seed", "0.5"),
-        ("--precision", "fp8"),
-        ("--sampler", "euler"),
-        ("--device", "abacus"),
-        ("--device", "meta"),
-        ("--device", "cpu:0"),
-        ("--colour", "red"),
-    ],
-)
-def test_values_that_make_no_sense(capsys, flag, value):
-    line = refusal(capsys, [flag, value])
-    long = {"-b": "--train_batch_size", "-e": "--num_epochs", "-l": "--learning_rate"}
-    long["--num_samples"] = "--eval_batch_size"
-    assert (flag in line or long[flag] in line) and value in line
-
-
-def test_levels_that_cannot_halve_the_image(capsys):
-    for size, mults, multiple in ((30, [1, 2, 2], 4), (28, [1, 1, 1, 1], 8), (9, [1, 1], 2)):
-        line = refusal(capsys, ["--image_size", size, "--channel_mults", *mults])
-        assert f"--image_size {size}" in line and "--channel_mults" in line
-        assert int(re.search(r"multiple of (\d+)", line)[1]) == multiple
-        size = ["--dataset", "folder", "--image_size", str(3 * multiple)]
-        works = ddpm.parse_options([*size, "--channel_mults", *map(str, mults)])
-        assert works[0].image_size == 3 * multiple
-
-
-def test_flag_without_its_value(capsys):
-    assert "--channel_mults" in refusal(capsys, ["--channel_mults"])
-    assert "--resume" in refusal(capsys, ["--resume"])
-
-
-def test_missing_device(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    line = refusal(capsys, ["--device", "cuda"])
-    assert "--device cuda" in line and "cpu" in line
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert "--device mps" in refusal(capsys, ["--device", "mps"])
-    assert ddpm.parse_options([])[0].device == "cpu"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert ddpm.parse_options([])[0].device == "cuda:0"
-    assert "cuda:2" in refusal(capsys, ["--device", "cuda:2"])
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("flag", ["--checkpoint", "--eval_path", "--resume"])
-@pytest.mark.parametrize(
-    "kind", ["absent", "folder", "empty", "truncated", "text", "other script", "tensor", "malicious"]
-)
-def test_bad_checkpoints(grey_run, tmp_path, capsys, flag, kind):
-    path, whole = tmp_path / "bad.pt", (grey_run / "model.pt").read_bytes()
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "other script":
-        torch.save({"model": {}, "main.py": {"dataset": "heart"}, "stats": {}}, path)
-    elif kind == "tensor":
-        torch.save(torch.zeros(3), path)
-    elif kind == "malicious":
-        torch.save({"ddpm_unet.py": Evil(str(tmp_path / "pwned")), "model": {}, "optimizer": {}}, path)
-    elif kind != "absent":
-        path.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"hello"}[kind])
-    line = refusal(capsys, [flag, path, "--output_dir", tmp_path / "out"])
-    assert flag.replace("eval_path", "checkpoint") in line and str(path) in line
-    assert not (tmp_path / "pwned").exists() and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("flag", ["--checkpoint", "--resume"])
-@pytest.mark.parametrize(
-    ("name", "value", "there"),
-    [
-        ("dataset", ["mnist"], None),
-        ("image_size", [16], "8"),
-        ("num_timesteps", [21], "20"),
-        ("base_channels", [8], "4"),
-        ("channel_mults", [1, 2, 2], "[1, 2]"),
-        ("num_res_blocks", [2], "1"),
-        ("attention_resolutions", [8], "[4]"),
-        ("dropout", [0.1], "0.0"),
-    ],
-)
-def test_checkpoint_beside_a_flag_that_differs(grey, grey_run, capsys, flag, name, value, there):
-    line = refusal(capsys, [flag, grey_run / "model.pt", f"--{name}", *value])
-    assert name in MODEL and f"--{name} {value if len(value) > 1 else ''}".strip() in line
-    assert str(value[0]) in line and (there or str(grey)) in line
-
-
-def test_checkpoint_beside_flags_that_agree(grey_run):
-    """Those that make the network may be given again; others win over what the checkpoint has."""
-    options = f"--image_size 8 --channel_mults 1 2 --dropout 0 --seed 5 --checkpoint {grey_run / 'model.pt'}"
-    args, checkpoint = ddpm.parse_options(options.split())
-    assert args.seed == 5 and args.image_size == 8 and args.sampling_steps == 3
-    assert args.precision == "fp32" and len(checkpoint["losses"]) == 3
-
-
-def test_output_folder_that_cannot_be_written(grey, capsys, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(ddpm, "train", lambda *parts: pytest.fail("trains"))
-    line = refusal(capsys, [*TINY, "--dataset", grey, "--output_dir", tmp_path / "file" / "out"])
-    assert "--output_dir" in line and str(tmp_path / "file") in line
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_mnist_without_network(capsys, tmp_path, monkeypatch):
-    from torchvision.datasets import MNIST
-
-    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    line = refusal(capsys, [*DIGITS, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out"])
-    assert "--dataset mnist" in line and str(tmp_path / "data/MNIST/raw") in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_damaged_mnist(capsys, tmp_path, data_dir):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in (data_dir / "MNIST" / "raw").iterdir():
-        (raw / path.name).write_bytes(path.read_bytes()[:1000])
-    line = refusal(capsys, [*DIGITS, "--data_dir", tmp_path, "--output_dir", tmp_path / "out"])
-    assert str(raw) in line and not (tmp_path / "out").exists()
-
-
-def test_torchvision_of_another_build(capsys, tmp_path, monkeypatch):
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')"
-    )
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
-    line = refusal(capsys, [*DIGITS, "--output_dir", tmp_path / "out"])
-    assert "torchvision::nms" in line and not (tmp_path / "out").exists()
-
-
-# The file itself
-
-
-def test_import_does_nothing(capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    random, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
-    spec = importlib.util.spec_from_file_location("another_name", SCRIPT)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert capfd.readouterr() == ("", "") and os.listdir(tmp_path) == []
-    assert torch.equal(torch.get_rng_state(), random) and (np.random.get_state()[1] == numbers).all()
-
-
-def test_file_is_short_and_stands_alone():
-    text = SCRIPT.read_text()
-    assert len(text.splitlines()) < 400 and max(map(len, text.splitlines())) <= 110
-    modules = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            modules |= {name.name.split(".")[0] for name in node.names}
-        if isinstance(node, ast.ImportFrom):
-            modules.add(node.module.split(".")[0])
-    assert "torch" in modules and not modules & {"main", "dpm_2015", "ddpm_unet", "tests"}
-
-
-def test_help_names_every_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        ddpm.main(["--help"])
-    printed = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for name, (default, _, text) in ddpm.OPTIONS.items():
-        assert f"--{name}" in printed and f"{text} [{default}]" in printed
-
-
-def test_as_a_notebook(data_dir, tmp_path, monkeypatch):
-    """Cell by cell, where Jupyter's own arguments stand in sys.argv."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(data_dir)
-    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
-    cells = re.split(r"(?m)^# %% ", SCRIPT.read_text())
-    assert len(cells) == 12
-    scope, tiny = {"__name__": "__main__"}, vars(arguments("--dataset", "mnist", "--image_size", 28))
-    for cell in cells:
-        exec("# " + cell if cell is not cells[0] else cell, scope)  # noqa: S102
-        for name in scope.get("OPTIONS", ()):
-            scope["OPTIONS"][name] = (tiny[name], *scope["OPTIONS"][name][1:])
-    assert np.load(tmp_path / "outputs" / "ddpm_unet_mnist" / "samples.npy").shape == (4, 28, 28)
+@BOXED
+@pytest.mark.parametrize("t", LOSSES)
+def test_loss_of_the_boxed_model(t):
+    state, alpha_bar = torch.load(BOX, weights_only=True), closed_form(1000)[1][t]
+    net = ddpm.UNet(**{name: state["options"][name] for name in ddpm.MODEL})
+    net.load_state_dict(state["ema"])
+    torch.manual_seed(t)
+    x_0, labels = (part[:100] for part in real("t10k"))
+    eps = torch.randn(x_0.shape)
+    x_t = sqrt(alpha_bar) * (x_0 / 127.5 - 1) + sqrt(1 - alpha_bar) * eps
+    with torch.no_grad():
+        loss = (net(x_t, torch.full((100,), t), labels) - eps).square().mean()
+    assert LOSSES[t][0] < loss < LOSSES[t][1]
