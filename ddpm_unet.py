@@ -8,7 +8,7 @@ turns fresh noise into images of the class you ask for. Paper: https://arxiv.org
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
     torchrun --nproc_per_node=4 ddpm_unet.py                the same on four GPUs
 
-x_0 is data, x_T is noise, as in the paper. Only our index t is smaller by 1: it runs from 0 to T-1.
+x_0 is data, x_T is noise, as in the paper. Tables begin at 0: alpha_bars[0] is its alpha_bar_1.
 Images are (B, C, H, W): B in a batch, C = 1 for grey or 3 for colour. Labels are (B,).
 """
 
@@ -67,9 +67,9 @@ def load_images(dataset, data_dir, size):
 
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
-    """Return alpha_bars (T,): how much of x_0 is left in x_t, 1 to 0. Often: alphas_cumprod."""
+    """Return alpha_bars (T,): the share of x_0 in x_t's variance. Elsewhere: alphas_cumprod."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The paper's
-    # betas, times 1000 / T so that x_T is noise for T from 20 up, in float64 for accuracy.
+    # betas go with T = 1000. Times 1000 / T, x_T is noise for other T too. float64 is accurate.
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
     return (1 - betas.clamp(max=0.999)).cumprod(dim=0)  # clamped, so that no alpha_bar is 0
 
@@ -81,7 +81,7 @@ def q_sample(x_0, alpha_bar, eps):
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     """Return mean and variance of q(x_{t-1} | x_t, x_0), eq. 6 and 7. alpha_bar is that of t."""
-    alpha = alpha_bar / alpha_bar_prev  # of all steps between the two, if some are left out
+    alpha = alpha_bar / alpha_bar_prev  # of several steps at once, if section 5 leaves some out
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)  # beta_tilde_t
@@ -126,7 +126,7 @@ class UNet(nn.Module):
         self.downs = nn.ModuleList()
         self.ups = nn.ModuleList()
         C_in = widths[0]
-        for C, C_below in pairwise(widths):
+        for C, C_below in pairwise(widths):  # (24, 48), then (48, 96)
             self.downs.append(ResBlock(C_in, C, E))
             self.ups.append(ResBlock(C_below + C, C, E))
             C_in = C
@@ -170,14 +170,14 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 # %% 5. Sampling
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2, line 4: eq. 7 at x_0_hat plus noise, none in the last step."""
+    """Take one step of Algorithm 2. Line 4 is to draw from eq. 7, with x_0_hat in place of x_0."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
-    return mean + variance**0.5 * torch.randn_like(x_t)
+    return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take one step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 with sigma_t = 0."""
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again: x_0_hat is clamped
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # of the clamped x_0_hat
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 
@@ -185,7 +185,7 @@ SAMPLERS = {"ddim": ddim_step, "ddpm": p_sample}
 
 
 def predict_noise(net, x_t, t, labels):
-    """Return eps_hat of many images, a hundred at a time: this is quicker and saves memory."""
+    """Return eps_hat of many images, a hundred at a time to save memory."""
     parts = zip(x_t.split(100), t.split(100), labels.split(100))
     return torch.cat([net(*part) for part in parts])
 
@@ -271,7 +271,7 @@ def sample(net, args, out):
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
     classes = torch.tensor(args.label or range(args.num_classes))
-    if classes.max() >= args.num_classes:
+    if classes.min() < 0 or classes.max() >= args.num_classes:
         raise OSError(f"--label {args.label}: the labels go from 0 to {args.num_classes - 1}")
     labels = classes[torch.arange(len(x)) % len(classes)]
     alpha_bars = make_schedule(args.num_timesteps)
@@ -279,7 +279,7 @@ def sample(net, args, out):
     chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
     frames = []
     for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-        if steps_left % max(1, num_steps // 50) == 0:  # 50 to 100 frames
+        if steps_left % max(1, num_steps // 50) == 0:  # at most 100 frames
             frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))
@@ -337,7 +337,7 @@ def parse_options(argv):
     path = args.resume if args.checkpoint is None else args.checkpoint
     state = {} if path is None else load_checkpoint(path, args.device)
     parser.set_defaults(**state.get("options", {}))
-    args = parser.parse_args(argv)  # again, with the defaults of the checkpoint
+    args = parser.parse_args(argv)  # again: what the checkpoint holds is now the default
     for name, value in vars(args).items():
         if name not in ("seed", "guidance") and isinstance(value, (int, float)) and value <= 0:
             parser.error(f"--{name} {value}: must be positive")
@@ -379,7 +379,7 @@ def main(argv=None):
         train(net, ema, images, labels, options, out / "model.pt", state)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if RANK > 0 or signal.SIGTERM in SIGNALS:
+        if RANK > 0 or signal.SIGTERM in SIGNALS:  # after Ctrl-C, go on to draw samples
             sys.exit()
     sample(ema, args, out)
     facts = {"options": vars(args), "seconds": time.time() - started, "torch": torch.__version__}
@@ -393,7 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "writ", "download"
+        words = "allocate", "state_dict", "writ", "download"  # in errors that users can mend
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise  # a mistake in this file, perhaps: show where
         sys.exit(f"ddpm_unet.py: error: {' '.join(str(error).split())}")

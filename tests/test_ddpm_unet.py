@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import pairwise
 from math import sqrt
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.datasets import MNIST
 
@@ -139,27 +140,20 @@ def test_the_best_network_has_the_least_loss():
 
 
 # %% Sampling
-@pytest.mark.parametrize("t", [0, 1, 2, 25, 49])
-def test_p_sample_is_line_4_of_algorithm_2(monkeypatch, t):
+@pytest.mark.parametrize(("t", "s"), [(49, 48), (25, 24), (1, 0), (0, -1), (49, 20), (49, -1)])
+def test_one_step(monkeypatch, t, s):
+    """Equation 12 of DDIM (arXiv 2010.02502; its alpha is our alpha_bar); Algorithm 2, line 4."""
     betas, alpha_bars = closed_form(50)
-    beta, alpha_bar, earlier = betas[t], alpha_bars[t], alpha_bars[t - 1] if t > 0 else 1.0
+    beta, alpha_bar, earlier = betas[t], alpha_bars[t], alpha_bars[s] if s >= 0 else 1.0
     x_t, eps, z = torch.randn(3, 2, 1, 3, 3, dtype=torch.float64)
-    monkeypatch.setattr(torch, "randn_like", lambda x: z)
     x_0_hat = (x_t - sqrt(1 - alpha_bar) * eps) / sqrt(alpha_bar)  # eq. 15
-    sigma = sqrt((1 - earlier) / (1 - alpha_bar) * beta)  # of beta_tilde; 0 in the last step
-    expected = (x_t - beta / sqrt(1 - alpha_bar) * eps) / sqrt(1 - beta) + sigma * z
-    torch.testing.assert_close(ddpm.p_sample(x_0_hat, x_t, alpha_bar, earlier), expected)
-
-
-@pytest.mark.parametrize(("t", "s"), [(49, 48), (49, 20), (10, 3), (1, 0), (0, None), (49, None)])
-def test_ddim_step_is_equation_12(t, s):
-    """Equation 12 of arXiv 2010.02502 with sigma = 0, where its alpha is our alpha_bar."""
-    alpha_bars = closed_form(50)[1]
-    alpha, earlier = alpha_bars[t], 1.0 if s is None else alpha_bars[s]
-    x_t, eps = torch.randn(2, 2, 1, 3, 3, dtype=torch.float64)
-    x_0_hat = (x_t - sqrt(1 - alpha) * eps) / sqrt(alpha)
     expected = sqrt(earlier) * x_0_hat + sqrt(1 - earlier) * eps
-    torch.testing.assert_close(ddpm.ddim_step(x_0_hat, x_t, alpha, earlier), expected)
+    torch.testing.assert_close(ddpm.ddim_step(x_0_hat, x_t, alpha_bar, earlier), expected)
+    if s == t - 1:
+        monkeypatch.setattr(torch, "randn_like", lambda x: z)
+        sigma = sqrt((1 - earlier) / (1 - alpha_bar) * beta)  # of beta_tilde; 0 in the last step
+        expected = (x_t - beta / sqrt(1 - alpha_bar) * eps) / sqrt(1 - beta) + sigma * z
+        torch.testing.assert_close(ddpm.p_sample(x_0_hat, x_t, alpha_bar, earlier), expected)
 
 
 class Stub:
@@ -203,51 +197,37 @@ def test_p_sample_loop(monkeypatch, sampler, guidance, num_steps):
     assert chain[-1][1] is chain[-1][2]
 
 
-@pytest.mark.xfail(strict=True, reason="ddpm_unet.py: one step starts at t = 0 instead of T - 1")
-def test_one_sampling_step_starts_from_pure_noise():
-    net = Stub()
-    [*ddpm.p_sample_loop(net, ddpm.make_schedule(50), 1, torch.zeros(1, 1, 2, 2), net, 0, "ddim")]
-    assert net.calls[0][1] == [49]
-
-
 @SAMPLERS
 @pytest.mark.parametrize("num_steps", [10, 50, 200])
 def test_samples_of_the_best_network_are_the_data(sampler, num_steps):
     torch.manual_seed(0)
-    net, x, labels = Oracle(POINTS, 200), torch.randn(1500, 1, 2, 2), torch.zeros(1500).long()
+    net, x, labels = Oracle(POINTS, 200), torch.randn(450, 1, 2, 2), torch.zeros(450).long()
     schedule = ddpm.make_schedule(200)
     *_, (_, x, _) = ddpm.p_sample_loop(net, schedule, num_steps, x, labels, 0.0, sampler)
     distances, nearest = torch.cdist(x.flatten(1), POINTS.flatten(1)).min(dim=1)
-    assert distances.max() < 0.01 and (nearest.bincount(minlength=3) - 500).abs().max() < 100
+    assert distances.max() < 0.01 and (nearest.bincount(minlength=3) - 150).abs().max() < 55
 
 
 @SAMPLERS
-@pytest.mark.parametrize("num_steps", [6, 50])
-def test_samples_of_a_gaussian_follow_its_recursion(sampler, num_steps):
-    """For x_0 ~ N(m, s^2) the best eps is linear, so mean and variance follow step by step."""
-    m, s, n, alpha_bars = 0.1, 0.1, 50_000, closed_form(50)[1]
+def test_samples_of_a_gaussian(sampler):
+    """For x_0 ~ N(0.1, 0.1^2) the best eps is linear: mean and variance follow step by step."""
+    alpha_bars, labels, mean, variance = closed_form(50)[1], torch.zeros(9000).long(), 0.0, 1.0
 
-    def x_0_hat(x, a):
-        return m + s**2 * sqrt(a) / (a * s**2 + 1 - a) * (x - sqrt(a) * m)
-
-    def net(x, t, labels):
+    def net(x, t, _):
         a = alpha_bars[t[0].item()]
-        return (x - sqrt(a) * x_0_hat(x, a)) / sqrt(1 - a)
+        return sqrt(1 - a) * (x - sqrt(a) * 0.1) / (a * 0.01 + 1 - a)
 
-    net.no_label, labels, mean, variance = 1, torch.zeros(n).long(), 0.0, 1.0
-    visited = [1.0, *alpha_bars[np.linspace(0, 49, num_steps).round().astype(int)]]
-    options = ddpm.make_schedule(50), num_steps, torch.randn(n, 1, 1, 1), labels, 0.0, sampler
-    for k, x_t, _ in ddpm.p_sample_loop(net, *options):
-        assert x_t.mean().item() == pytest.approx(mean, abs=6 * sqrt(variance / n))
-        assert x_t.var().item() == pytest.approx(variance, rel=6 * sqrt(2 / n))
-        a, b = visited[k], visited[k - 1]
-        if k > 0:  # eq. 12 of DDIM, with sigma^2 = beta_tilde for DDPM
-            tilde = (1 - b) / (1 - a) * (1 - a / b) if sampler == "ddpm" else 0.0
-            keep = sqrt((1 - b - tilde) / (1 - a))
-            slope = (sqrt(b) - keep * sqrt(a)) * (x_0_hat(1, a) - x_0_hat(0, a)) + keep
-            mean = (sqrt(b) - keep * sqrt(a)) * x_0_hat(mean, a) + keep * mean
-            variance = slope**2 * variance + tilde
-    assert mean == pytest.approx(m, abs=0.01)
+    net.no_label, x = 1, torch.randn(9000, 1, 1, 1)
+    chain = ddpm.p_sample_loop(net, ddpm.make_schedule(50), 50, x, labels, 0.0, sampler)
+    for k, x_t, _ in chain:
+        assert x_t.mean().item() == pytest.approx(mean, abs=0.06 * sqrt(variance))
+        assert x_t.var().item() == pytest.approx(variance, rel=0.09)
+        a, b = alpha_bars[k - 1], alpha_bars[k - 2] if k > 1 else 1.0
+        tilde = (1 - b) / (1 - a) * (1 - a / b) if sampler == "ddpm" else 0.0
+        eps_factor = sqrt(1 - b - tilde) - sqrt(b / a * (1 - a))  # eq. 12 of DDIM, sigma^2 = tilde
+        slope = sqrt(b / a) + eps_factor * sqrt(1 - a) / (a * 0.01 + 1 - a)
+        mean = slope * mean + (sqrt(b / a) - slope) * sqrt(a) * 0.1
+        variance = slope**2 * variance + tilde
 
 
 # %% Network
@@ -286,17 +266,6 @@ def test_time_is_embedded_as_if_T_were_1000(T):
     np.testing.assert_allclose(seen[0], expected, rtol=0, atol=1e-3)
 
 
-def test_res_block_by_hand():
-    torch.manual_seed(0)
-    block, h, temb = ddpm.ResBlock(8, 16, 32), torch.randn(2, 8, 6, 6), torch.randn(2, 32)
-    torch.testing.assert_close(block(h, temb)[0, 3].std(), block.shortcut(h)[0, 3].std())
-    nn.init.normal_(block.conv_2[-1].weight)
-    silu, norm = nn.functional.silu, nn.functional.group_norm
-    x = block.conv_1[-1](silu(norm(h, 8))) + block.temb(temb).view(2, 16, 1, 1)
-    expected = block.shortcut(h) + block.conv_2[-1](silu(norm(x, 8)))
-    torch.testing.assert_close(block(h, temb), expected)
-
-
 @pytest.mark.parametrize("level", [0, 1])
 def test_skip_connections(level):
     """Each block on the way up gets what its partner on the way down gave, and uses it."""
@@ -326,9 +295,7 @@ PALE = (255, 255, 255), *COLOURS[1:]  # the first square is transparent, and bec
 PICTURE, GREY, CLEAR = squares(*COLOURS), squares(*GREYS), squares(*COLOURS)
 CLEAR.putalpha(squares((0, 0, 0), *3 * [(255, 255, 255)]).convert("L"))
 PALETTE, GREY_16 = PICTURE.quantize(4), np.array(GREY.convert("L"), np.uint16) * 257
-WIDE, TALL = Image.new("RGB", (40, 16), "pink"), Image.new("RGB", (16, 50), "pink")
-WIDE.paste(PICTURE, (12, 0))
-TALL.paste(PICTURE, (0, 17))
+WIDE, TALL = (ImageOps.pad(PICTURE, size, color="pink") for size in ((40, 16), (16, 50)))
 TURNED, UPRIGHT = PICTURE.transpose(Image.Transpose.ROTATE_90), Image.Exif()
 UPRIGHT[0x0112] = 6  # turn it by 90 degrees clockwise to see it as it was
 JPEG = {"quality": 95, "subsampling": 0}
@@ -340,7 +307,6 @@ FILES = [  # name, image, options of the format, the four colours to see
     ("transparent_palette.png", PALETTE, {"transparency": PALETTE.getpixel((0, 0))}, PALE),
     ("transparent.png", CLEAR, {}, PALE),
     ("16_bit.png", Image.fromarray(GREY_16), {}, GREYS),
-    ("16_bit.tiff", Image.fromarray(GREY_16), {}, GREYS),
     ("ink.tif", PICTURE.convert("CMYK"), {}, COLOURS),
     ("turned.jpeg", TURNED, {**JPEG, "exif": UPRIGHT}, COLOURS),
     ("wide.png", WIDE, {}, COLOURS),
@@ -374,11 +340,9 @@ def test_folders_of_images(tmp_path):
 
 def real(name):
     """Return the digits of a file and their labels: 800 of "train" or 200 of "t10k"."""
-    images, labels = (
-        np.frombuffer(gzip.open(DIGITS / f"{name}-{kind}-ubyte.gz").read(), np.uint8)
-        for kind in ("images-idx3", "labels-idx1")
-    )
-    return torch.tensor(images[16:]).view(-1, 1, 28, 28), torch.tensor(labels[8:]).long()
+    files = [DIGITS / f"{name}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+    images, labels = (torch.tensor([*gzip.decompress(file.read_bytes())]) for file in files)
+    return images[16:].view(-1, 1, 28, 28).byte(), labels[8:]
 
 
 @pytest.fixture(scope="session")
@@ -392,8 +356,8 @@ def digits(tmp_path_factory):
 
 
 def test_mnist(digits):
-    for found, expected in zip(ddpm.load_images("mnist", digits, 28), real("train")):
-        assert torch.equal(found, expected) and len(found) == 800
+    images, labels = ddpm.load_images("mnist", digits, 28)
+    assert torch.equal(images, real("train")[0]) and torch.equal(labels, real("train")[1])
 
 
 # %% Training
@@ -401,43 +365,41 @@ IMAGES, LABELS = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8), torch.aran
 OPTIONS = {"num_timesteps": 20, "learning_rate": 0.01, "train_batch_size": 4, "seed": 0}
 
 
-def train(path, net=None, state=None, **options):
-    """Train a small network for 4 steps, if nobody asks for more, and return it and its average."""
-    net = net or small_unet()
-    ema, options = deepcopy(net).requires_grad_(False), {**OPTIONS, "num_epochs": 3, **options}
-    ddpm.train(net, ema, IMAGES, LABELS, options, path / "model.pt", state or {})
-    return net, ema
+def train(path, first=0, num_epochs=6, **options):
+    """Train a small network for 6 epochs, which are 9 steps, and return its average."""
+    net = small_unet()
+    ema, options = deepcopy(net).requires_grad_(False), {**OPTIONS, **options}
+    state = {"step": first, "optimizer": torch.optim.Adam(net.parameters(), 0.01).state_dict()}
+    options["num_epochs"] = num_epochs + first * 4 // 6
+    ddpm.train(net, ema, IMAGES, LABELS, options, path / "model.pt", state)
+    return ema
 
 
 @pytest.mark.parametrize("first", [0, 10**6])
 def test_training(monkeypatch, tmp_path, first):
     """Batches, scaled and with their labels; clipped gradients; and the moving average."""
-    net, norms, weights, batches = small_unet(), [], [], []
+    norms, weights, batches = [], [], []
     loss_simple, adam_step = ddpm.loss_simple, torch.optim.Adam.step
-    average = net.first.weight.detach().clone()
 
     def watched_loss(model, alpha_bars, x_0, labels, no_label):
         batches.append((x_0, labels))
         np.testing.assert_allclose(alpha_bars, closed_form(20)[1], rtol=1e-5)
-        assert no_label == 3
         return 1000 * loss_simple(model, alpha_bars, x_0, labels, no_label)  # large gradients
 
     def watched_step(adam):
-        norms.append(torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item())
+        parameters = adam.param_groups[0]["params"]
+        norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm().item())
         adam_step(adam)
-        weights.append(net.first.weight.detach().clone())
+        weights.append(parameters[0].detach().clone())
 
     monkeypatch.setattr(ddpm, "loss_simple", watched_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
-    adam = torch.optim.Adam(net.parameters(), 0.01).state_dict()
-    state = {"step": first, "optimizer": adam} if first else None
-    ema = train(tmp_path, net, state, num_epochs=3 + first * 4 // 6 + 1)[1]
-    assert len(norms) >= 4 and norms == pytest.approx([1] * len(norms), rel=1e-3)
+    average, ema = next(small_unet().parameters()).detach(), train(tmp_path, first)
+    assert len(norms) >= 8 and norms == pytest.approx([1] * len(norms), rel=1e-3)
     for step, weight in enumerate(weights, first):
         decay = 0.9995 if first else (1 + step) / (10 + step)
         average = decay * average + (1 - decay) * weight
-    torch.testing.assert_close(ema.first.weight, average, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(average, weights[-1])
+    torch.testing.assert_close(next(ema.parameters()), average, rtol=1e-5, atol=1e-6)
     for x_0, labels in batches:
         found = (x_0[:, None] * 127.5 + 127.5 - IMAGES).abs().amax(dim=(2, 3, 4)) < 0.01
         assert (found.sum(dim=1) == 1).all() and torch.equal(LABELS[found.int().argmax(1)], labels)
@@ -445,30 +407,14 @@ def test_training(monkeypatch, tmp_path, first):
 
 
 def test_training_follows_the_seed(tmp_path):
-    a, b, c = (train(tmp_path, seed=seed)[0].last[-1].weight for seed in (0, 0, 1))
+    a, b, c = (train(tmp_path, seed=seed).last[-1].weight for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.allclose(a, c)
-
-
-@pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_loss_that_is_not_finite_is_never_saved(monkeypatch, tmp_path, value):
-    (tmp_path / "model.pt").write_text("earlier")
-    bad_loss, loss_simple = float(value), ddpm.loss_simple
-    monkeypatch.setattr(ddpm, "loss_simple", lambda *args: loss_simple(*args) * bad_loss)
-    with pytest.raises(OSError, match="^the loss is not finite: try a smaller --learning_rate"):
-        train(tmp_path)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
 
 
 # %% Whole runs
 def run(out, *options):
     """Run the whole of ddpm_unet.py, tiny, in this process."""
     ddpm.main([*map(str, [*TINY, *options, "--output_dir", out])])
-
-
-def start(*options, module=()):
-    """Start ddpm_unet.py in a process of its own."""
-    command, pipe = [sys.executable, *module, ROOT / "ddpm_unet.py", *TINY], subprocess.PIPE
-    return subprocess.Popen([*map(str, [*command, *options])], stdout=pipe, stderr=pipe)
 
 
 def weights_of(path):
@@ -490,66 +436,53 @@ def colour(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def grey(digits, tmp_path_factory):
-    """The folder of a training run on digits, started like any program, and what it printed."""
+    """The folder of a training run of 8 steps on digits."""
     out = tmp_path_factory.mktemp("grey") / "run"
-    process = start("--data_dir", digits, "-b", 100, "--output_dir", out, "--guidance", 0.5)
-    printed, errors = process.communicate(timeout=600)
-    return out, printed.decode().splitlines() or errors
+    run(out, "--data_dir", digits, "-b", 100, "--guidance", 0.5)
+    return out
 
 
 def test_training_run(grey, colour):
-    out, lines = grey
-    assert lines[0].startswith("device: cpu, ") and lines[-1] == f"Look at {out / 'samples.png'}."
-    for out, shape in ((grey[0], (12, 28, 28)), (colour[1], (12, 8, 8, 3))):
+    for out, (n, S, *C) in ((grey, (12, 28)), (colour[1], (12, 8, 3))):
         assert {*os.listdir(out)} == SAMPLES | {"model.pt"}
-        samples, picture = np.load(out / "samples.npy"), Image.open(out / "samples.png")
-        assert samples.shape == shape and samples.dtype == np.uint8 and samples.std() > 5
-        S = shape[1]
-        assert picture.size == (10 * (S + 2) + 2, 2 * (S + 2) + 2)  # two rows
-        first = np.asarray(picture)[2 : S + 2, 2 : S + 2]
+        samples, picture = np.load(out / "samples.npy"), np.array(Image.open(out / "samples.png"))
+        assert samples.shape == (n, S, S, *C) and samples.dtype == np.uint8 and samples.std() > 5
+        assert picture.shape == (2 * (S + 2) + 2, 10 * (S + 2) + 2, 3)  # two rows
+        first = picture[2 : S + 2, 2 : S + 2]
         assert (first == samples[0].reshape(S, S, -1)).all()
         with Image.open(out / "process.gif") as gif:
             times = [gif.seek(k) or gif.info["duration"] for k in range(gif.n_frames)]
             assert gif.size == (2 * (5 * (S + 2) + 2), 3 * (S + 2) + 2)  # x_t beside x_0_hat
             assert sum(times) == 100 * (5 + 30) and gif.info["loop"] == 0  # stays, then again
-            last = np.asarray(gif.convert("RGB"))[2 : S + 2, 2 : S + 2]
+            last = np.array(gif.convert("RGB"))[2 : S + 2, 2 : S + 2]
             assert abs(last.astype(int) - first).max() < 60  # it has but 256 colours
-        facts = json.loads((out / "run.json").read_text())
-        assert facts["torch"] == torch.__version__ and facts["seconds"] > 0
+    facts = json.loads((out / "run.json").read_text())
     assert facts["options"].items() >= {"channels": 3, "num_classes": 3, "seed": 5}.items()
-    state = torch.load(out / "model.pt", weights_only=True)
-    assert state["step"] == 9 and {*state["options"]} == {*ddpm.MODEL, *ddpm.TRAINING}
+    assert torch.load(out / "model.pt", weights_only=True)["step"] == 9
 
 
 def test_sampling_needs_only_the_checkpoint(grey, tmp_path, monkeypatch):
     """It draws with the averaged weights, in a folder of its own, the same for the same seed."""
-    before = {path.name: path.read_bytes() for path in grey[0].iterdir()}
-    state = torch.load(grey[0] / "model.pt", weights_only=True)
-    state["net"] = {name: weight * 0 for name, weight in state["net"].items()}
-    torch.save(state, tmp_path / "copy.pt")
-    monkeypatch.chdir(tmp_path)
-    ddpm.main([*TINY, "--checkpoint", "copy.pt", "--guidance", "0.5"])
-    out = tmp_path / "outputs" / "ddpm_unet_mnist_samples"
-    assert {*os.listdir(out)} == SAMPLES and {*os.listdir()} == {"copy.pt", "outputs"}
-    assert (out / "samples.npy").read_bytes() == before["samples.npy"]
-    others = ["--seed 1", "--guidance 5", "--guidance 0", "--sampler ddpm", "--sampling_steps 3"]
-    found = {before["samples.npy"]}
-    for number, options in enumerate([*others, "--label 3", "--label 3 4"]):
-        run(str(number), "--checkpoint", grey[0] / "model.pt", *options.split())
-        assert {*os.listdir(str(number))} == SAMPLES
-        found.add(Path(str(number), "samples.npy").read_bytes())
-    assert len(found) == 8  # each option counts
-    assert {path.name: path.read_bytes() for path in grey[0].iterdir()} == before
-
-
-def test_labels(grey, tmp_path, monkeypatch):
-    """Each label in turn, or those that we ask for; and without guidance, one call in each step."""
     seen, forward = [], ddpm.UNet.forward
     watched = lambda net, x, t, labels: seen.append(labels.tolist()) or forward(net, x, t, labels)
     monkeypatch.setattr(ddpm.UNet, "forward", watched)
-    run(tmp_path / "a", "--checkpoint", grey[0] / "model.pt")
-    run(tmp_path / "b", "--checkpoint", grey[0] / "model.pt", "--label", 7, 2)
-    assert seen == 4 * [[*range(10), 0, 1]] + 4 * [6 * [7, 2]]
+    before = {path.name: path.read_bytes() for path in grey.iterdir()}
+    state, found = torch.load(grey / "model.pt", weights_only=True), {before["samples.npy"]}
+    state["net"] = {name: weight * 0 for name, weight in state["net"].items()}
+    monkeypatch.chdir(tmp_path)
+    torch.save(state, "copy.pt")
+    ddpm.main([*TINY, "--checkpoint", "copy.pt", "--guidance", "0.5"])
+    out = Path("outputs/ddpm_unet_mnist_samples")
+    assert {*os.listdir(out)} == SAMPLES and {*os.listdir()} == {"copy.pt", "outputs"}
+    assert (out / "samples.npy").read_bytes() == before["samples.npy"]
+    for options in ("--seed 1", "--guidance 5", "--sampler ddpm", "--sampling_steps 3"):
+        run(options, "--checkpoint", grey / "model.pt", *options.split())
+        assert {*os.listdir(options)} == SAMPLES
+        found.add(Path(options, "samples.npy").read_bytes())
+    assert len(found) == 5 and seen[-1] == [*range(10), 0, 1]  # each option counts, and label
+    run("label", "--checkpoint", grey / "model.pt", "--label", 7, 2)
+    assert seen[-5] == [*range(10), 0, 1] and seen[-4:] == 4 * [6 * [7, 2]]  # one call in each step
+    assert {path.name: path.read_bytes() for path in grey.iterdir()} == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -564,12 +497,10 @@ def test_early_end_and_resume(colour, tmp_path, monkeypatch, number):
         return loss_simple(*args)
 
     monkeypatch.setattr(ddpm, "loss_simple", interrupted)
-    if number == signal.SIGTERM:
-        with pytest.raises(SystemExit, match="^None$|^0$|^$"):
-            run(tmp_path, *options)
-    else:  # Ctrl-C goes on to the samples
+    with pytest.raises(SystemExit) if number == signal.SIGTERM else nullcontext():
         run(tmp_path, *options)
-    assert {*os.listdir(tmp_path)} == {"model.pt"} | (SAMPLES if number == signal.SIGINT else set())
+    samples = SAMPLES if number == signal.SIGINT else set()  # Ctrl-C goes on to the samples
+    assert {*os.listdir(tmp_path)} == {"model.pt"} | samples
     assert len(steps) == torch.load(tmp_path / "model.pt")["step"] == 4
     ddpm.SIGNALS.clear()
     ddpm.main([*TINY[-6:], "--resume", str(tmp_path / "model.pt"), "-e", "6"])
@@ -578,28 +509,24 @@ def test_early_end_and_resume(colour, tmp_path, monkeypatch, number):
     assert (tmp_path / "samples.npy").read_bytes() == (whole / "samples.npy").read_bytes()
 
 
-def test_seed_of_a_whole_run(colour, tmp_path):
-    run(tmp_path, *colour[0], "--seed", 6)
-    (net, *_), (other, *_) = weights_of(tmp_path / "model.pt"), weights_of(colour[1] / "model.pt")
-    assert not torch.allclose(net["first.weight"], other["first.weight"], atol=0.1)
-
-
 def test_two_processes_are_one_with_both_halves(colour, tmp_path, monkeypatch):
     """Its gradients, which Adam averages in exp_avg, are those of the mean of two losses."""
     options, images, labels = colour[0], *ddpm.load_images(str(colour[0][1]), "", 8)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    together = start(*options, "-e", 2, "--output_dir", tmp_path / "two", module=torchrun)
+    command = [sys.executable, *torchrun, ROOT / "ddpm_unet.py", *TINY, *options, "-e", 2]
+    command = [*map(str, [*command, "--output_dir", tmp_path / "two"])]
+    together = subprocess.Popen(command, stderr=subprocess.PIPE)
     loss_simple, steps = ddpm.loss_simple, []
 
-    def both_halves(net, alpha_bars, x_0, _, no_label):
-        losses = []
+    def both_halves(net, alpha_bars, _, __, no_label):
+        loss = 0.0
         for rank in (0, 1):
             torch.manual_seed((5 * 10**9 + len(steps)) * 2 + rank)
             batch = torch.randint(6, (2,))
             x_0 = images[batch] / 127.5 - 1
-            losses.append(loss_simple(net, alpha_bars, x_0, labels[batch], no_label))
-        steps.append(sum(losses) / 2)
-        return steps[-1]
+            loss += loss_simple(net, alpha_bars, x_0, labels[batch], no_label) / 2
+        steps.append(loss)
+        return loss
 
     monkeypatch.setattr(ddpm, "loss_simple", both_halves)
     run(tmp_path / "one", *options, "-e", 2)
@@ -612,31 +539,26 @@ def test_two_processes_are_one_with_both_halves(colour, tmp_path, monkeypatch):
 
 
 # %% Command line
-def test_options():
-    """The defaults that the README tells of, and other names of options."""
-    args = vars(ddpm.parse_options("--eval_batch_size 9 -b 8 -e 7 -l 0.5".split())[0])
-    expected = {"num_samples": 9, "train_batch_size": 8, "num_epochs": 7, "learning_rate": 0.5}
-    expected |= {"dataset": "mnist", "num_timesteps": 1000, "sampler": "ddim", "guidance": 0.0}
-    assert args.items() >= {**expected, "sampling_steps": 50, "seed": 0, "label": None}.items()
-
-
-COUNTS = ["image_size", "num_timesteps", "train_batch_size", "num_epochs", "num_samples"]
-COUNTS.append("sampling_steps")
-BAD = {f"--{name} {v}": f"--{name}" for name in COUNTS for v in (0, -2, "many")}
-BAD |= {"--base_channels 0": "--base_channels", "--base_channels 12": "--base_channels"}
-BAD |= {"--learning_rate 0": "--learning_rate", "--learning_rate 1e30": "--learning_rate"}
-BAD |= {"--sampler euler": "--sampler", "--device abacus": "--device", "--seed x": "--seed"}
-BAD |= {"--colour red": "--colour", "--channel_mults x": "--channel_mults"}
-NAMES = ["missing.pt", "empty.pt", "text.pt", "truncated.pt", "other.pt", "list.pt", "evil.pt"]
-BAD |= {f"--{flag} {name}": name for flag in ("checkpoint", "resume") for name in NAMES}
-BAD |= {"--checkpoint .": "cannot use .", "--checkpoint ": "cannot use : ", "--resume ": "cannot"}
-BAD |= {"--checkpoint model.pt --resume model.pt": "--resume: not allowed with argument --checkpo"}
-BAD |= {"--checkpoint model.pt --base_channels 16": "size mismatch for"}
-BAD |= {"--checkpoint model.pt --label 3": "--label [3]: the labels go from 0 to 2"}
-BAD |= {"--checkpoint model.pt --output_dir .": "holds a trained model", "--output_dir .": "holds"}
-BAD |= {"--output_dir file": "file", "--output_dir file/out": "file/out", "--dataset file": "file"}
-BAD |= {"--dataset missing": "missing", "--dataset damaged": "cannot read damaged/./b.png: "}
-BAD |= {"--dataset none": "no valid file", "--dataset mnist --data_dir .": "Error downloading"}
+COUNTS = "--image_size --num_timesteps -b --num_epochs --num_samples --sampling_steps".split()
+BAD = [(f"{flag} {value}", flag) for flag in COUNTS for value in (0, -2, "many")]
+BAD += [
+    (f"{flag} x", flag) for flag in "--sampler --device --seed --colour --channel_mults".split()
+]
+BAD += [("--base_channels 0", "--base_channels"), ("--base_channels 12", "--base_channels")]
+BAD += [("--learning_rate 0", "--learning_rate"), ("--learning_rate 1e30", "--learning_rate")]
+BAD += [("--resume model.pt -e 9 --learning_rate 1e30", "the loss is not finite")]
+NAMES = ["missing.pt", "empty.pt", "text.pt", "truncated.pt", "other.pt", "list.pt", "evil.pt", ""]
+BAD += [
+    (f"--{flag} {name}", f"use {name}: ") for flag in ("checkpoint", "resume") for name in NAMES
+]
+BAD += [("--checkpoint model.pt --resume model.pt", "--resume: not allowed with")]
+BAD += [("--checkpoint model.pt --base_channels 16", "size mismatch for")]
+BAD += [("--checkpoint model.pt --label 3", "--label [3]: the labels go from 0 to 2")]
+BAD += [(f"{flag} --output_dir .", "holds") for flag in ("--checkpoint model.pt", "--seed 1")]
+BAD += [("--output_dir file", "file"), ("--output_dir file/out", "file/out")]
+BAD += [("--dataset file", "file"), ("--dataset missing", "missing")]
+BAD += [("--dataset damaged", "cannot read damaged/./b.png: ")]
+BAD += [("--dataset none", "no valid file"), ("--dataset mnist --data_dir .", "downloading")]
 
 
 @pytest.fixture(scope="session")
@@ -658,8 +580,8 @@ def bad_files(colour, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("options", BAD)
-def test_bad_input(options, bad_files, colour, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("options", "words"), BAD)
+def test_bad_input(options, words, bad_files, colour, tmp_path, monkeypatch, capsys):
     """One line names what is wrong, and no file changes."""
     monkeypatch.chdir(bad_files)
     before = {path: path.stat().st_mtime_ns for path in bad_files.rglob("*") if path.is_file()}
@@ -670,7 +592,8 @@ def test_bad_input(options, bad_files, colour, tmp_path, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "ddpm_unet.py"), run_name="__main__")
     # argparse prints its message itself, and exits with 2. Ours goes to sys.exit, which prints it.
     line = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code
-    assert line.startswith("ddpm_unet.py: error: ") and "\n" not in line and BAD[options] in line
+    words = "batch_size" if words == "-b" else words
+    assert line.startswith("ddpm_unet.py: error: ") and "\n" not in line and words in line
     assert before == {p: p.stat().st_mtime_ns for p in bad_files.rglob("*") if p.is_file()}
     assert not (bad_files / "pwned").exists() and not (tmp_path / "out" / "model.pt").exists()
 
