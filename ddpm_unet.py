@@ -1,7 +1,7 @@
 """DDPM with a U-Net: Denoising Diffusion Probabilistic Models on images, complete, in one file.
 
-The forward process turns an image into noise in T small steps. A U-Net learns to undo them. Then it
-turns fresh noise into images of the class you ask for. Paper: https://arxiv.org/abs/2006.11239.
+The forward process turns an image x_0 into noise in T small steps. A U-Net guesses the noise in x_t
+and so x_0. Small steps towards its guesses turn noise into images. https://arxiv.org/abs/2006.11239.
 
     python ddpm_unet.py                                     MNIST, in about an hour on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
@@ -80,7 +80,7 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0), eq. 6 and 7. alpha_bar is that of t."""
+    """Return mean and variance of q(x_{t-1} | x_t, x_0): x_{t-1} if x_0 is known, eq. 6 and 7."""
     alpha = alpha_bar / alpha_bar_prev  # of several steps at once, if section 5 leaves some out
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -116,9 +116,7 @@ class UNet(nn.Module):
     def __init__(self, channels, num_classes, num_timesteps, base_channels, channel_mults):
         super().__init__()
         E = 4 * base_channels
-        widths = [base_channels * mult for mult in channel_mults]  # channels, from large to small
-        # t is embedded as in the Transformer, and as if T were the paper's 1000.
-        self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
+        widths = [base_channels * mult for mult in channel_mults]  # channels of large to small
         self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
@@ -227,7 +225,7 @@ def train(net, ema, images, labels, options, path, state):
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
     saved = time.time()
     for step in bar:
-        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # for --resume
+        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # one seed a step
         batch = torch.randint(len(images), (B // WORLD_SIZE,))
         x_0 = images[batch] / 127.5 - 1  # from 0..255 to -1..1, as in section 3.3
         loss = loss_simple(model, alpha_bars, x_0, labels[batch], net.no_label)
@@ -323,7 +321,7 @@ def parse_options(argv):
     flag("--learning_rate", "-l", type=float, default=1e-3, help="of Adam")
     flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
-    flag("--guidance", type=float, default=0.0, help="above 0, labels count more than in the data")
+    flag("--guidance", type=float, default=0.0, help="above 0: clearer classes, less variety")
     flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm is Algorithm 2 (with T steps)")
     flag("--sampling_steps", type=int, default=50, help="fewer are quicker, T at most")
     source = parser.add_mutually_exclusive_group()
@@ -377,7 +375,7 @@ def main(argv=None):
             signal.signal(number, lambda number, frame: SIGNALS.append(number))
         images, labels = images.to(args.device), labels.to(args.device)
         train(net, ema, images, labels, options, out / "model.pt", state)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if RANK > 0 or signal.SIGTERM in SIGNALS:  # after Ctrl-C, go on to draw samples
             sys.exit()

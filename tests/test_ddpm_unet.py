@@ -85,21 +85,19 @@ def test_q_posterior_is_bayes_rule(t, jump):
 
 
 # %% Loss
-class Oracle:
-    """The exact best network for data (N, C, H, W), each as likely. Labels do not matter."""
+def best_network(data, T, factor=1.0):
+    """Return the exact best network for data (N, C, H, W), each as likely and without labels."""
+    alpha_bars = torch.tensor(closed_form(T)[1]).float()
 
-    no_label = 10
+    def net(x_t, t, labels):
+        alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
+        distances = (x_t[:, None] - alpha_bar.sqrt()[:, None] * data).square().sum((2, 3, 4))
+        weights = (-distances / (2 * (1 - alpha_bar[:, 0, 0]))).softmax(dim=1)
+        x_0_hat = torch.einsum("bn,nchw->bchw", weights, data)
+        return factor * (x_t - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()
 
-    def __init__(self, data, T, factor=1.0):
-        self.data, self.factor = data, factor
-        self.alpha_bars = torch.tensor(closed_form(T)[1]).float()
-
-    def __call__(self, x_t, t, labels):
-        alpha_bar = self.alpha_bars[t].view(-1, 1, 1, 1)
-        distances = x_t[:, None] - alpha_bar.sqrt()[:, None] * self.data
-        log_weights = -distances.square().sum((2, 3, 4)) / (2 * (1 - alpha_bar[:, 0, 0]))
-        x_0_hat = torch.einsum("bn,nchw->bchw", log_weights.softmax(dim=1), self.data)
-        return self.factor * (x_t - alpha_bar.sqrt() * x_0_hat) / (1 - alpha_bar).sqrt()
+    net.no_label = 10
+    return net
 
 
 POINTS = torch.tensor([[-0.9, -0.5, 0.1, 0.8], [0.9, 0.3, -0.6, -1.0], [0.0, 1.0, 0.5, 0.2]])
@@ -132,7 +130,7 @@ def test_loss_by_hand():
 def test_the_best_network_has_the_least_loss():
     def loss(data, factor):
         torch.manual_seed(0)
-        net, x_0 = Oracle(data, 50, factor), data.repeat(1000, 1, 1, 1)
+        net, x_0 = best_network(data, 50, factor), data.repeat(1000, 1, 1, 1)
         return ddpm.loss_simple(net, ddpm.make_schedule(50).float(), x_0, torch.zeros(len(x_0)), 0)
 
     assert 0 < loss(POINTS, 1) < min(loss(POINTS, factor) for factor in (-1, 0, 0.9, 1.1))
@@ -140,60 +138,41 @@ def test_the_best_network_has_the_least_loss():
 
 
 # %% Sampling
-@pytest.mark.parametrize(("t", "s"), [(49, 48), (25, 24), (1, 0), (0, -1), (49, 20), (49, -1)])
-def test_one_step(monkeypatch, t, s):
-    """Equation 12 of DDIM (arXiv 2010.02502; its alpha is our alpha_bar); Algorithm 2, line 4."""
-    betas, alpha_bars = closed_form(50)
-    beta, alpha_bar, earlier = betas[t], alpha_bars[t], alpha_bars[s] if s >= 0 else 1.0
-    x_t, eps, z = torch.randn(3, 2, 1, 3, 3, dtype=torch.float64)
-    x_0_hat = (x_t - sqrt(1 - alpha_bar) * eps) / sqrt(alpha_bar)  # eq. 15
-    expected = sqrt(earlier) * x_0_hat + sqrt(1 - earlier) * eps
-    torch.testing.assert_close(ddpm.ddim_step(x_0_hat, x_t, alpha_bar, earlier), expected)
-    if s == t - 1:
-        monkeypatch.setattr(torch, "randn_like", lambda x: z)
-        sigma = sqrt((1 - earlier) / (1 - alpha_bar) * beta)  # of beta_tilde; 0 in the last step
-        expected = (x_t - beta / sqrt(1 - alpha_bar) * eps) / sqrt(1 - beta) + sigma * z
-        torch.testing.assert_close(ddpm.p_sample(x_0_hat, x_t, alpha_bar, earlier), expected)
-
-
-class Stub:
-    """A network that any hand can calculate, and that remembers what it was asked."""
-
-    no_label = 10
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, x_t, t, labels):
-        self.calls.append((x_t, t.tolist(), labels.tolist()))
-        return 0.5 * x_t + 0.1 * labels.view(-1, 1, 1, 1)
-
-
 @SAMPLERS
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-@pytest.mark.parametrize("num_steps", [2, 7, 50])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
 def test_p_sample_loop(monkeypatch, sampler, guidance, num_steps):
+    """All of it against the papers, with a network that is easy to calculate."""
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.7))
-    net, labels, x = Stub(), torch.tensor([3, 0]), torch.randn(2, 1, 4, 4)
-    schedule, step = ddpm.make_schedule(50), getattr(ddpm, f"{sampler}_step", ddpm.p_sample)
+    calls, labels, x = [], torch.tensor([3, 0]), torch.randn(2, 1, 4, 4)
+
+    def net(x_t, t, labels):
+        calls.append((x_t, t.tolist(), labels.tolist()))
+        return 0.5 * x_t + 0.1 * labels.view(-1, 1, 1, 1)
+
+    net.no_label, schedule = 10, ddpm.make_schedule(50)
     chain = [*ddpm.p_sample_loop(net, schedule, num_steps, x, labels, guidance, sampler)]
     assert [k for k, _, _ in chain] == [*range(num_steps, -1, -1)] and chain[0][1] is x
     per_step = 2 if guidance > 0 else 1
-    assert len(net.calls) == per_step * num_steps
-    visited = np.linspace(0, 49, num_steps).round().astype(int)
+    assert len(calls) == per_step * num_steps
+    visited = np.linspace(49, 0, num_steps).round().astype(int)[::-1]
     alpha_bars = [1.0, *closed_form(50)[1][visited]]
     for (k, x_t, x_0_hat), (_, x_earlier, _) in pairwise(chain):
-        calls = net.calls[per_step * (num_steps - k) :][:per_step]
-        assert all(torch.equal(call[0], x_t) for call in calls)
-        assert [call[1] for call in calls] == per_step * [2 * [visited[k - 1]]]
-        assert sorted(call[2] for call in calls) == [[3, 0], [10, 10]][:per_step]
-        eps = 0.5 * x_t + 0.1 * ((1 + guidance) * labels.view(2, 1, 1, 1) - guidance * 10)
-        expected = (x_t - sqrt(1 - alpha_bars[k]) * eps) / sqrt(alpha_bars[k])
+        for number, (seen_x, seen_t, seen_labels) in enumerate(calls[:per_step]):
+            assert torch.equal(seen_x, x_t) and seen_t == 2 * [visited[k - 1]]
+            assert seen_labels == ([10, 10] if number else [3, 0])
+        del calls[:per_step]
+        a, b, shift = alpha_bars[k], alpha_bars[k - 1], labels.view(2, 1, 1, 1) - 10
+        eps = 0.5 * x_t + 0.1 * (10 + (1 + guidance) * shift)
+        expected = (x_t - sqrt(1 - a) * eps) / sqrt(a)  # eq. 15
         assert k < num_steps or (expected.abs() > 1).any()
         torch.testing.assert_close(x_0_hat, expected.clamp(-1, 1))
-        expected = step(x_0_hat, x_t, alpha_bars[k], alpha_bars[k - 1])
-        torch.testing.assert_close(x_earlier, expected)
-    torch.testing.assert_close(chain[-1][1], x_0_hat)  # no noise in the last step
+        eps = (x_t - sqrt(a) * x_0_hat) / sqrt(1 - a)
+        expected = sqrt(b) * x_0_hat + sqrt(1 - b) * eps  # arXiv 2010.02502, eq. 12, sigma = 0
+        if sampler == "ddpm":  # Algorithm 2, line 4; sigma^2 is beta_tilde, 0 in the last step
+            sigma = sqrt((1 - b) / (1 - a) * (1 - a / b))
+            expected = (x_t - (1 - a / b) / sqrt(1 - a) * eps) / sqrt(a / b) + sigma * 0.7
+        torch.testing.assert_close(x_earlier, expected, rtol=1e-4, atol=1e-5)
     assert chain[-1][1] is chain[-1][2]
 
 
@@ -201,33 +180,11 @@ def test_p_sample_loop(monkeypatch, sampler, guidance, num_steps):
 @pytest.mark.parametrize("num_steps", [10, 50, 200])
 def test_samples_of_the_best_network_are_the_data(sampler, num_steps):
     torch.manual_seed(0)
-    net, x, labels = Oracle(POINTS, 200), torch.randn(450, 1, 2, 2), torch.zeros(450).long()
+    net, x, labels = best_network(POINTS, 200), torch.randn(450, 1, 2, 2), torch.zeros(450).long()
     schedule = ddpm.make_schedule(200)
     *_, (_, x, _) = ddpm.p_sample_loop(net, schedule, num_steps, x, labels, 0.0, sampler)
     distances, nearest = torch.cdist(x.flatten(1), POINTS.flatten(1)).min(dim=1)
     assert distances.max() < 0.01 and (nearest.bincount(minlength=3) - 150).abs().max() < 55
-
-
-@SAMPLERS
-def test_samples_of_a_gaussian(sampler):
-    """For x_0 ~ N(0.1, 0.1^2) the best eps is linear: mean and variance follow step by step."""
-    alpha_bars, labels, mean, variance = closed_form(50)[1], torch.zeros(9000).long(), 0.0, 1.0
-
-    def net(x, t, _):
-        a = alpha_bars[t[0].item()]
-        return sqrt(1 - a) * (x - sqrt(a) * 0.1) / (a * 0.01 + 1 - a)
-
-    net.no_label, x = 1, torch.randn(9000, 1, 1, 1)
-    chain = ddpm.p_sample_loop(net, ddpm.make_schedule(50), 50, x, labels, 0.0, sampler)
-    for k, x_t, _ in chain:
-        assert x_t.mean().item() == pytest.approx(mean, abs=0.06 * sqrt(variance))
-        assert x_t.var().item() == pytest.approx(variance, rel=0.09)
-        a, b = alpha_bars[k - 1], alpha_bars[k - 2] if k > 1 else 1.0
-        tilde = (1 - b) / (1 - a) * (1 - a / b) if sampler == "ddpm" else 0.0
-        eps_factor = sqrt(1 - b - tilde) - sqrt(b / a * (1 - a))  # eq. 12 of DDIM, sigma^2 = tilde
-        slope = sqrt(b / a) + eps_factor * sqrt(1 - a) / (a * 0.01 + 1 - a)
-        mean = slope * mean + (sqrt(b / a) - slope) * sqrt(a) * 0.1
-        variance = slope**2 * variance + tilde
 
 
 # %% Network
@@ -241,29 +198,24 @@ def small_unet(channels=1, mults=(1, 2), T=20):
 
 
 @pytest.mark.parametrize("size", [16, 28, 30, 32])
-@pytest.mark.parametrize(("channels", "mults"), [(1, (1, 2, 4)), (3, (1, 2, 4)), (3, (1,))])
-def test_network(size, channels, mults):
-    """Shapes; the output depends on x_t, t and label; and every weight has a gradient."""
-    net, x_t = small_unet(channels, mults), torch.randn(2, channels, size, size)
+@pytest.mark.parametrize(
+    ("channels", "mults", "T"), [(1, (1, 2, 4), 1000), (3, (1, 2), 20), (3, (1,), 4000)]
+)
+def test_network(size, channels, mults, T):
+    """Shapes; all inputs matter, time as if T were 1000; and every weight has a gradient."""
+    net, x_t, seen = small_unet(channels, mults, T), torch.randn(2, channels, size, size), []
     t, labels = torch.tensor([3, 19]), torch.tensor([0, 3])  # 3 is no_label
+    net.temb.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     found = net(x_t, t, labels)
     assert found.shape == x_t.shape and net.no_label == 3
     for inputs in ((x_t + 1, t, labels), (x_t, t - 1, labels), (x_t, t, labels.flip(0))):
         assert ((net(*inputs) - found).abs().amax(dim=(1, 2, 3)) > 1e-4).all()
+    angles = np.outer(t * 1000 / T, 10_000 ** (-np.arange(32) / 31))  # as in the Transformer
+    expected = np.concatenate((np.sin(angles), np.cos(angles)), axis=1)
+    np.testing.assert_allclose(seen[0], expected, rtol=0, atol=1e-3)
     found.square().sum().backward()
     for name, weight in net.named_parameters():
         assert weight.grad.abs().sum() > 0, name
-
-
-@pytest.mark.parametrize("T", [20, 1000, 4000])
-def test_time_is_embedded_as_if_T_were_1000(T):
-    net, seen, t = small_unet(T=T), [], torch.tensor([0, 7, T - 1])
-    net.temb.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    net(torch.randn(3, 1, 8, 8), t, t * 0)
-    waves = 10_000 ** (-np.arange(32) / 31)  # as in the Transformer, for size 64
-    angles = t[:, None].numpy() * 1000 / T * waves
-    expected = np.concatenate((np.sin(angles), np.cos(angles)), axis=1)
-    np.testing.assert_allclose(seen[0], expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -355,11 +307,6 @@ def digits(tmp_path_factory):
     return folder
 
 
-def test_mnist(digits):
-    images, labels = ddpm.load_images("mnist", digits, 28)
-    assert torch.equal(images, real("train")[0]) and torch.equal(labels, real("train")[1])
-
-
 # %% Training
 IMAGES, LABELS = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8), torch.arange(6) // 2
 OPTIONS = {"num_timesteps": 20, "learning_rate": 0.01, "train_batch_size": 4, "seed": 0}
@@ -442,7 +389,9 @@ def grey(digits, tmp_path_factory):
     return out
 
 
-def test_training_run(grey, colour):
+def test_training_run(grey, colour, digits):
+    for found, expected in zip(ddpm.load_images("mnist", digits, 28), real("train")):
+        assert torch.equal(found, expected)
     for out, (n, S, *C) in ((grey, (12, 28)), (colour[1], (12, 8, 3))):
         assert {*os.listdir(out)} == SAMPLES | {"model.pt"}
         samples, picture = np.load(out / "samples.npy"), np.array(Image.open(out / "samples.png"))
@@ -539,44 +488,49 @@ def test_two_processes_are_one_with_both_halves(colour, tmp_path, monkeypatch):
 
 
 # %% Command line
-COUNTS = "--image_size --num_timesteps -b --num_epochs --num_samples --sampling_steps".split()
-BAD = [(f"{flag} {value}", flag) for flag in COUNTS for value in (0, -2, "many")]
-BAD += [
-    (f"{flag} x", flag) for flag in "--sampler --device --seed --colour --channel_mults".split()
-]
-BAD += [("--base_channels 0", "--base_channels"), ("--base_channels 12", "--base_channels")]
-BAD += [("--learning_rate 0", "--learning_rate"), ("--learning_rate 1e30", "--learning_rate")]
-BAD += [("--resume model.pt -e 9 --learning_rate 1e30", "the loss is not finite")]
+COUNTS = ["image_size", "num_timesteps", "train_batch_size", "num_epochs", "num_samples"]
+BAD = [(f"--{flag} {value}", f"--{flag}") for flag in COUNTS for value in (0, -2, "many")]
+FLAGS = ["sampling_steps", "base_channels", "learning_rate", "sampler", "device", "colour"]
+BAD += [(f"--{flag} 0", f"--{flag}") for flag in FLAGS]
+BAD += [(f"--{flag} x", f"--{flag}") for flag in ("seed", "label", "channel_mults", "guidance")]
 NAMES = ["missing.pt", "empty.pt", "text.pt", "truncated.pt", "other.pt", "list.pt", "evil.pt", ""]
+BAD += [(f"--checkpoint {name}", f"cannot use {name}: ") for name in NAMES]
+BAD += [(f"--resume {name}", f"cannot use {name}: ") for name in NAMES]
 BAD += [
-    (f"--{flag} {name}", f"use {name}: ") for flag in ("checkpoint", "resume") for name in NAMES
+    ("--base_channels 12", "--base_channels"),
+    ("--learning_rate 1e30", "the loss is not finite: try a smaller --learning_rate"),
+    ("--resume nan/model.pt -e 9", "the loss is not finite"),
+    ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
+    ("--checkpoint model.pt --base_channels 16", "size mismatch for"),
+    ("--checkpoint model.pt --label 3", "--label [3]: the labels go from 0 to 2"),
+    ("--checkpoint model.pt --output_dir .", "holds a trained model"),
+    ("--output_dir .", "holds a trained model"),
+    ("--output_dir file", "file"),
+    ("--output_dir file/out", "file/out"),
+    ("--dataset file", "file"),
+    ("--dataset missing", "missing"),
+    ("--dataset damaged", "cannot read damaged/./b.png: "),
+    ("--dataset none", "no valid file"),
+    ("--dataset mnist --data_dir .", "downloading"),
 ]
-BAD += [("--checkpoint model.pt --resume model.pt", "--resume: not allowed with")]
-BAD += [("--checkpoint model.pt --base_channels 16", "size mismatch for")]
-BAD += [("--checkpoint model.pt --label 3", "--label [3]: the labels go from 0 to 2")]
-BAD += [(f"{flag} --output_dir .", "holds") for flag in ("--checkpoint model.pt", "--seed 1")]
-BAD += [("--output_dir file", "file"), ("--output_dir file/out", "file/out")]
-BAD += [("--dataset file", "file"), ("--dataset missing", "missing")]
-BAD += [("--dataset damaged", "cannot read damaged/./b.png: ")]
-BAD += [("--dataset none", "no valid file"), ("--dataset mnist --data_dir .", "downloading")]
 
 
 @pytest.fixture(scope="session")
 def bad_files(colour, tmp_path_factory):
     """A folder with files that ddpm_unet.py must refuse."""
-    folder, whole = tmp_path_factory.mktemp("bad"), (colour[1] / "model.pt").read_bytes()
-    for name, content in (("model.pt", whole), ("truncated.pt", whole[: len(whole) // 2])):
-        (folder / name).write_bytes(content)
+    folder, state = tmp_path_factory.mktemp("bad"), torch.load(colour[1] / "model.pt")
+    evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("pwned",))})()
+    for name in ("damaged", "none", "nan"):
+        (folder / name).mkdir()
+    nan = {name: weight * float("nan") for name, weight in state["net"].items()}
+    contents = {"model": state, "other": {"model": 1}, "list": [1], "evil": {**state, "net": evil}}
+    for name, content in {**contents, "nan/model": {**state, "net": nan}}.items():
+        torch.save(content, folder / f"{name}.pt")
+    PICTURE.save(folder / "damaged/a.png")
+    for name, source in (("truncated.pt", "model.pt"), ("damaged/b.png", "damaged/a.png")):
+        (folder / name).write_bytes((folder / source).read_bytes()[:60])
     for name, text in (("empty.pt", ""), ("text.pt", "hello"), ("file", "mine")):
         (folder / name).write_text(text)
-    evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("pwned",))})()
-    state = torch.load(folder / "model.pt", weights_only=True)
-    for name, content in (("other", {"model": 1}), ("list", [1]), ("evil", {**state, "net": evil})):
-        torch.save(content, folder / f"{name}.pt")
-    for name in ("damaged", "none"):
-        (folder / name).mkdir()
-    PICTURE.save(folder / "damaged/a.png")
-    (folder / "damaged/b.png").write_bytes((folder / "damaged/a.png").read_bytes()[:60])
     return folder
 
 
@@ -592,7 +546,6 @@ def test_bad_input(options, words, bad_files, colour, tmp_path, monkeypatch, cap
         runpy.run_path(str(ROOT / "ddpm_unet.py"), run_name="__main__")
     # argparse prints its message itself, and exits with 2. Ours goes to sys.exit, which prints it.
     line = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code
-    words = "batch_size" if words == "-b" else words
     assert line.startswith("ddpm_unet.py: error: ") and "\n" not in line and words in line
     assert before == {p: p.stat().st_mtime_ns for p in bad_files.rglob("*") if p.is_file()}
     assert not (bad_files / "pwned").exists() and not (tmp_path / "out" / "model.pt").exists()
