@@ -1,7 +1,8 @@
 """DDPM with a U-Net: Denoising Diffusion Probabilistic Models on images, complete, in one file.
 
 The forward process turns an image x_0 into noise in T small steps. A U-Net guesses the noise in x_t
-and so x_0. Small steps towards its guesses turn noise into images. https://arxiv.org/abs/2006.11239.
+and so x_0. Small steps towards these guesses turn fresh noise into images of the class that you ask
+for. Paper: https://arxiv.org/abs/2006.11239.
 
     python ddpm_unet.py                                     MNIST, in about an hour on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
@@ -220,6 +221,7 @@ def train(net, ema, images, labels, options, path, state):
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
     if state:
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["lr"] = options["learning_rate"]
     B = options["train_batch_size"]
     steps = range(state.get("step", 0), max(1, options["num_epochs"] * len(images) // B))
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
-from itertools import pairwise
+from itertools import count, pairwise
 from math import sqrt
 from pathlib import Path
 
@@ -79,9 +79,6 @@ def test_q_posterior_is_bayes_rule(t, jump):
     mean, variance = ddpm.q_posterior(x_0, x_t, alpha_bars[t], earlier)
     torch.testing.assert_close(mean, weighted / precision)
     assert variance == pytest.approx(1 / precision)
-    mean, variance = ddpm.q_posterior(x_0, x_t, alpha_bars[t], 1.0)  # the last step leads to x_0
-    torch.testing.assert_close(mean, x_0)
-    assert variance == 0
 
 
 # %% Loss
@@ -107,11 +104,7 @@ POINTS = POINTS.view(3, 1, 2, 2)
 def test_loss_by_hand():
     """The noise follows from what the network gets, and with it all that Algorithm 1 asks for."""
     n, T, seen = 20_000, 10, []
-
-    def model(x_t, t, labels):
-        seen.extend((x_t, t, labels))
-        return 0.3 * x_t
-
+    model = lambda *inputs: seen.extend(inputs) or 0.3 * inputs[0]
     torch.manual_seed(0)
     x_0, given = torch.rand(n, 1, 1, 2, dtype=torch.float64), torch.arange(n) % 7
     loss = ddpm.loss_simple(model, ddpm.make_schedule(T), x_0, given, 7)
@@ -188,22 +181,20 @@ def test_samples_of_the_best_network_are_the_data(sampler, num_steps):
 
 
 # %% Network
-def small_unet(channels=1, mults=(1, 2), T=20):
+def small_unet(levels=2, channels=1, T=20):
     """Return a network for 3 classes, whose weights are all random, none zero."""
     torch.manual_seed(1)
-    net = ddpm.UNet(channels, 3, T, 16, list(mults))
+    net = ddpm.UNet(channels, 3, T, 16, [1, 2, 4][:levels])
     for weight in net.parameters():
         nn.init.normal_(weight, std=0.2)
     return net
 
 
 @pytest.mark.parametrize("size", [16, 28, 30, 32])
-@pytest.mark.parametrize(
-    ("channels", "mults", "T"), [(1, (1, 2, 4), 1000), (3, (1, 2), 20), (3, (1,), 4000)]
-)
-def test_network(size, channels, mults, T):
+@pytest.mark.parametrize(("channels", "levels", "T"), [(1, 3, 1000), (3, 2, 20), (3, 1, 4000)])
+def test_network(size, channels, levels, T):
     """Shapes; all inputs matter, time as if T were 1000; and every weight has a gradient."""
-    net, x_t, seen = small_unet(channels, mults, T), torch.randn(2, channels, size, size), []
+    net, x_t, seen = small_unet(levels, channels, T), torch.randn(2, channels, size, size), []
     t, labels = torch.tensor([3, 19]), torch.tensor([0, 3])  # 3 is no_label
     net.temb.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     found = net(x_t, t, labels)
@@ -221,7 +212,7 @@ def test_network(size, channels, mults, T):
 @pytest.mark.parametrize("level", [0, 1])
 def test_skip_connections(level):
     """Each block on the way up gets what its partner on the way down gave, and uses it."""
-    net, seen, C = small_unet(mults=(1, 2, 4)), [], 16 * 2**level
+    net, seen, C = small_unet(levels=3), [], 16 * 2**level
     x, keep = (torch.randn(1, 1, 14, 14), torch.tensor([3]), torch.tensor([1])), torch.ones(3 * C)
     found, keep[2 * C :] = net(*x), 0
     net.downs[level].register_forward_hook(lambda module, _, output: seen.append(output))
@@ -244,10 +235,10 @@ def squares(*colours):
 COLOURS = (250, 10, 20), (30, 220, 40), (20, 60, 240), (90, 90, 0)
 GREYS = (0, 0, 0), (80, 80, 80), (160, 160, 160), (255, 255, 255)
 PALE = (255, 255, 255), *COLOURS[1:]  # the first square is transparent, and becomes white
-PICTURE, GREY, CLEAR = squares(*COLOURS), squares(*GREYS), squares(*COLOURS)
+PICTURE, GREY, CLEAR = (squares(*colours) for colours in (COLOURS, GREYS, COLOURS))
 CLEAR.putalpha(squares((0, 0, 0), *3 * [(255, 255, 255)]).convert("L"))
 PALETTE, GREY_16 = PICTURE.quantize(4), np.array(GREY.convert("L"), np.uint16) * 257
-WIDE, TALL = (ImageOps.pad(PICTURE, size, color="pink") for size in ((40, 16), (16, 50)))
+WIDE = ImageOps.pad(PICTURE, (40, 16), color="pink")
 TURNED, UPRIGHT = PICTURE.transpose(Image.Transpose.ROTATE_90), Image.Exif()
 UPRIGHT[0x0112] = 6  # turn it by 90 degrees clockwise to see it as it was
 JPEG = {"quality": 95, "subsampling": 0}
@@ -262,8 +253,7 @@ FILES = [  # name, image, options of the format, the four colours to see
     ("ink.tif", PICTURE.convert("CMYK"), {}, COLOURS),
     ("turned.jpeg", TURNED, {**JPEG, "exif": UPRIGHT}, COLOURS),
     ("wide.png", WIDE, {}, COLOURS),
-    ("tall.bmp", TALL, {}, COLOURS),
-    ("large.webp", PICTURE.resize((64, 64), 0), {"lossless": True}, COLOURS),
+    ("large.bmp", PICTURE.resize((64, 64), 0), {}, COLOURS),
     ("größe 数.png", PICTURE, {}, COLOURS),
 ]
 
@@ -297,27 +287,17 @@ def real(name):
     return images[16:].view(-1, 1, 28, 28).byte(), labels[8:]
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """A folder with these digits, as torchvision wants them."""
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "MNIST" / "raw").mkdir(parents=True)
-    for path in DIGITS.glob("*.gz"):
-        (folder / "MNIST/raw" / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    return folder
-
-
 # %% Training
 IMAGES, LABELS = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8), torch.arange(6) // 2
-OPTIONS = {"num_timesteps": 20, "learning_rate": 0.01, "train_batch_size": 4, "seed": 0}
 
 
-def train(path, first=0, num_epochs=6, **options):
-    """Train a small network for 6 epochs, which are 9 steps, and return its average."""
+def train(path, first, seed):
+    """Train a small network for 8 or 9 steps, from step first on, and return its average."""
     net = small_unet()
-    ema, options = deepcopy(net).requires_grad_(False), {**OPTIONS, **options}
-    state = {"step": first, "optimizer": torch.optim.Adam(net.parameters(), 0.01).state_dict()}
-    options["num_epochs"] = num_epochs + first * 4 // 6
+    ema, adam = deepcopy(net).requires_grad_(False), torch.optim.Adam(net.parameters(), 0.01)
+    options = {"num_timesteps": 20, "learning_rate": 0.01, "train_batch_size": 4, "seed": seed}
+    options["num_epochs"] = 6 + first * 4 // 6
+    state = {"step": first, "optimizer": adam.state_dict()}
     ddpm.train(net, ema, IMAGES, LABELS, options, path / "model.pt", state)
     return ema
 
@@ -341,21 +321,19 @@ def test_training(monkeypatch, tmp_path, first):
 
     monkeypatch.setattr(ddpm, "loss_simple", watched_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
-    average, ema = next(small_unet().parameters()).detach(), train(tmp_path, first)
+    average, ema = next(small_unet().parameters()).detach(), train(tmp_path, first, seed=0)
     assert len(norms) >= 8 and norms == pytest.approx([1] * len(norms), rel=1e-3)
     for step, weight in enumerate(weights, first):
         decay = 0.9995 if first else (1 + step) / (10 + step)
         average = decay * average + (1 - decay) * weight
     torch.testing.assert_close(next(ema.parameters()), average, rtol=1e-5, atol=1e-6)
+    train(tmp_path, first, seed=1)
     for x_0, labels in batches:
         found = (x_0[:, None] * 127.5 + 127.5 - IMAGES).abs().amax(dim=(2, 3, 4)) < 0.01
         assert (found.sum(dim=1) == 1).all() and torch.equal(LABELS[found.int().argmax(1)], labels)
-    assert len({x_0.sum().item() for x_0, _ in batches}) == len(batches)  # fresh for each step
-
-
-def test_training_follows_the_seed(tmp_path):
-    a, b, c = (train(tmp_path, seed=seed).last[-1].weight for seed in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.allclose(a, c)
+    assert len({x_0.sum().item() for x_0, _ in batches}) == len(
+        batches
+    )  # all differ, as the seeds do
 
 
 # %% Whole runs
@@ -382,16 +360,19 @@ def colour(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def grey(digits, tmp_path_factory):
-    """The folder of a training run of 8 steps on digits."""
-    out = tmp_path_factory.mktemp("grey") / "run"
-    run(out, "--data_dir", digits, "-b", 100, "--guidance", 0.5)
-    return out
+def grey(tmp_path_factory):
+    """The folder of a training run of 8 steps on the digits, which lie beside it."""
+    folder = tmp_path_factory.mktemp("grey")
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    for path in DIGITS.glob("*.gz"):
+        (folder / "MNIST/raw" / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    run(folder / "run", "--data_dir", folder, "-b", 100, "--guidance", 0.5)
+    return folder / "run"
 
 
-def test_training_run(grey, colour, digits):
-    for found, expected in zip(ddpm.load_images("mnist", digits, 28), real("train")):
-        assert torch.equal(found, expected)
+def test_training_run(grey, colour):
+    found, expected = ddpm.load_images("mnist", grey.parent, 28), real("train")
+    torch.testing.assert_close(found, expected)
     for out, (n, S, *C) in ((grey, (12, 28)), (colour[1], (12, 8, 3))):
         assert {*os.listdir(out)} == SAMPLES | {"model.pt"}
         samples, picture = np.load(out / "samples.npy"), np.array(Image.open(out / "samples.png"))
@@ -464,23 +445,20 @@ def test_two_processes_are_one_with_both_halves(colour, tmp_path, monkeypatch):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *torchrun, ROOT / "ddpm_unet.py", *TINY, *options, "-e", 2]
     command = [*map(str, [*command, "--output_dir", tmp_path / "two"])]
-    together = subprocess.Popen(command, stderr=subprocess.PIPE)
-    loss_simple, steps = ddpm.loss_simple, []
+    together, loss_simple, seeds = subprocess.Popen(command), ddpm.loss_simple, count(10**10)
 
     def both_halves(net, alpha_bars, _, __, no_label):
         loss = 0.0
-        for rank in (0, 1):
-            torch.manual_seed((5 * 10**9 + len(steps)) * 2 + rank)
+        for _ in range(2):
+            torch.manual_seed(next(seeds))
             batch = torch.randint(6, (2,))
-            x_0 = images[batch] / 127.5 - 1
-            loss += loss_simple(net, alpha_bars, x_0, labels[batch], no_label) / 2
-        steps.append(loss)
+            x_0, y = images[batch] / 127.5 - 1, labels[batch]
+            loss += loss_simple(net, alpha_bars, x_0, y, no_label) / 2
         return loss
 
     monkeypatch.setattr(ddpm, "loss_simple", both_halves)
     run(tmp_path / "one", *options, "-e", 2)
-    errors = together.communicate(timeout=600)[1]
-    assert {*os.listdir(tmp_path / "two")} == SAMPLES | {"model.pt"}, errors.decode()
+    assert together.wait(600) == 0 and {*os.listdir(tmp_path / "two")} == SAMPLES | {"model.pt"}
     one, two = (weights_of(tmp_path / name / "model.pt")[2] for name in ("one", "two"))
     for number in one:
         averages = one[number]["exp_avg"], two[number]["exp_avg"]
@@ -493,22 +471,19 @@ BAD = [(f"--{flag} {value}", f"--{flag}") for flag in COUNTS for value in (0, -2
 FLAGS = ["sampling_steps", "base_channels", "learning_rate", "sampler", "device", "colour"]
 BAD += [(f"--{flag} 0", f"--{flag}") for flag in FLAGS]
 BAD += [(f"--{flag} x", f"--{flag}") for flag in ("seed", "label", "channel_mults", "guidance")]
+NANS = ["--learning_rate 1e30", "--resume nan/model.pt -e 9"]
 NAMES = ["missing.pt", "empty.pt", "text.pt", "truncated.pt", "other.pt", "list.pt", "evil.pt", ""]
 BAD += [(f"--checkpoint {name}", f"cannot use {name}: ") for name in NAMES]
 BAD += [(f"--resume {name}", f"cannot use {name}: ") for name in NAMES]
+FILES = ["--output_dir file", "--output_dir file/out", "--dataset file", "--dataset missing"]
+BAD += [(options, options.split()[1]) for options in FILES]
+BAD += [("--output_dir .", "holds a trained model")]
+BAD += [(options, "the loss is not finite: try a smaller --learning_rate") for options in NANS]
 BAD += [
-    ("--base_channels 12", "--base_channels"),
-    ("--learning_rate 1e30", "the loss is not finite: try a smaller --learning_rate"),
-    ("--resume nan/model.pt -e 9", "the loss is not finite"),
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
     ("--checkpoint model.pt --base_channels 16", "size mismatch for"),
     ("--checkpoint model.pt --label 3", "--label [3]: the labels go from 0 to 2"),
     ("--checkpoint model.pt --output_dir .", "holds a trained model"),
-    ("--output_dir .", "holds a trained model"),
-    ("--output_dir file", "file"),
-    ("--output_dir file/out", "file/out"),
-    ("--dataset file", "file"),
-    ("--dataset missing", "missing"),
     ("--dataset damaged", "cannot read damaged/./b.png: "),
     ("--dataset none", "no valid file"),
     ("--dataset mnist --data_dir .", "downloading"),
