@@ -1,8 +1,7 @@
 """DDPM with a U-Net: Denoising Diffusion Probabilistic Models on images, complete, in one file.
 
 The forward process turns an image x_0 into noise in T small steps. A U-Net guesses the noise in x_t
-and so x_0. Small steps towards these guesses turn fresh noise into images of the class that you ask
-for. Paper: https://arxiv.org/abs/2006.11239.
+and so x_0. Small steps towards these guesses make images. https://arxiv.org/abs/2006.11239.
 
     python ddpm_unet.py                                     MNIST, in about an hour on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
@@ -118,6 +117,7 @@ class UNet(nn.Module):
         super().__init__()
         E = 4 * base_channels
         widths = [base_channels * mult for mult in channel_mults]  # channels of large to small
+        self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
@@ -136,7 +136,7 @@ class UNet(nn.Module):
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
-        angles = t[:, None] * self.frequencies  # (B, E / 2)
+        angles = t[:, None] * self.frequencies  # (B, E / 2), as if T were the paper's 1000
         temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1))
         temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
         h = self.first(x_t)  # (B, widths[0], H, W)
