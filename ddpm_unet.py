@@ -199,7 +199,7 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
         alpha_bar_prev, alpha_bar = visited[k : k + 2]
         t = torch.full_like(labels, steps[k].item())
         eps_hat = predict_noise(net, x, t, labels)
-        if guidance > 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6 with w = guidance
+        if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6 with w = guidance
             eps_hat = (1 + guidance) * eps_hat - guidance * predict_noise(net, x, t, no_labels)
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
         x_0_hat = x_0_hat.clamp(-1, 1)  # at large t, a small error of eps_hat is a large one here
@@ -303,7 +303,7 @@ def load_checkpoint(path, device):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         return {name: state[name] for name in ("options", "step", "net", "ema", "optimizer")}
-    except (KeyError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+    except (LookupError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
         raise OSError(f"cannot use {path}: {error!r:.200}") from error
 
 
@@ -339,7 +339,7 @@ def parse_options(argv):
     parser.set_defaults(**state.get("options", {}))
     args = parser.parse_args(argv)  # again: what the checkpoint holds is now the default
     for name, value in vars(args).items():
-        if name not in ("seed", "guidance") and isinstance(value, (int, float)) and value <= 0:
+        if name not in ("seed", "guidance") and isinstance(value, (int, float)) and not value > 0:
             parser.error(f"--{name} {value}: must be positive")
     return args, state
 
