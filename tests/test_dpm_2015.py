@@ -22,15 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
 TINY = f"--num_timesteps 5 --hidden_size 16 --batch_size 50 --num_training_steps {STEPS} --eval_batch_size 30"
 TINY = TINY.split()
-FILES = [
-    "loss.png",
-    "model.pt",
-    "process.gif",
-    "run.json",
-    "samples.npy",
-    "samples.png",
-    "stills.png",
-]
+FILES = ["loss.png", "model.pt", "process.gif", "run.json", "samples.npy", "samples.png", "stills.png"]
 FILES.append("training.gif")
 DATASETS = ["swiss_roll", "heart", "heartbeat", "mnist"]
 M = 0.2  # the mean activity of heartbeats
@@ -86,9 +78,7 @@ def rows(dataset):
 
 
 def arguments(dataset, T, hidden_size=16):
-    return Namespace(
-        dataset=dataset, num_timesteps=T, hidden_size=hidden_size, device="cpu", seed=0
-    )
+    return Namespace(dataset=dataset, num_timesteps=T, hidden_size=hidden_size, device="cpu", seed=0)
 
 
 def untrained(dataset, T, C=2, P=1):
@@ -133,9 +123,7 @@ def log_bernoulli(x, p):
 
 def lookup_network(T, seed):
     """Any reverse process at all: a random z (T, 16, 4) for every t and x_t."""
-    table = 2 * torch.randn(
-        T, 16, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    table = 2 * torch.randn(T, 16, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return table, lambda x_t, t: table[t, (x_t @ PLACES).long()]
 
 
@@ -191,9 +179,7 @@ def test_bound_is_the_sum_over_all_chains(name, start):
 
 def test_all_chains_are_a_distribution_over_x_0():
     table, _ = lookup_network(4, seed=0)
-    total = sum(
-        all_chains(BETAS_4["rising"], table, start)[1].exp().sum().item() for start in range(16)
-    )
+    total = sum(all_chains(BETAS_4["rising"], table, start)[1].exp().sum().item() for start in range(16))
     assert total == pytest.approx(1)
 
 
@@ -216,18 +202,12 @@ def test_without_its_correction_the_binomial_bound_is_none():
 def test_binomial_posterior_is_bayes_table(betas, t):
     process = dpm.Binomial(torch.tensor(betas, dtype=torch.float64))
     for x_0 in (0.0, 1.0):
-        joint = torch.tensor(
-            [1 - x_0, x_0], dtype=torch.float64
-        )  # probabilities of x = 0 and x = 1
+        joint = torch.tensor([1 - x_0, x_0], dtype=torch.float64)  # probabilities of x = 0 and x = 1
         for beta in betas[:t]:
-            step = torch.tensor(
-                [[1 - M * beta, M * beta], [(1 - M) * beta, 1 - (1 - M) * beta]]
-            ).double()
+            step = torch.tensor([[1 - M * beta, M * beta], [(1 - M) * beta, 1 - (1 - M) * beta]]).double()
             joint = joint @ step
         beta = betas[t]
-        step = torch.tensor(
-            [[1 - M * beta, M * beta], [(1 - M) * beta, 1 - (1 - M) * beta]]
-        ).double()
+        step = torch.tensor([[1 - M * beta, M * beta], [(1 - M) * beta, 1 - (1 - M) * beta]]).double()
         for x_t in (0, 1):
             table = joint * step[:, x_t]
             one = torch.ones(1, 1, dtype=torch.float64)
@@ -247,9 +227,7 @@ def hermite(n):
 def quadrature(process, model, std, D=1, n=6):
     """K in bits, averaged over all t and, by nodes, over x_0 ~ N(0, std^2) and x_t; each coordinate alike."""
     nodes, weights = hermite(n)
-    x_0, noise = (
-        part.reshape(-1, 1).expand(-1, D) for part in torch.meshgrid(nodes, nodes, indexing="ij")
-    )
+    x_0, noise = (part.reshape(-1, 1).expand(-1, D) for part in torch.meshgrid(nodes, nodes, indexing="ij"))
     both = (weights[:, None] * weights).flatten()
     total = 0.0
     for t in range(1, process.T):
@@ -265,9 +243,7 @@ def test_gaussian_posterior_is_bayes_rule(t):
     alpha_bar = (1 - betas[:t]).prod()
     x = torch.linspace(-8, 8, 2_000_001, dtype=torch.float64)
     log_density = -((x - alpha_bar.sqrt() * x_0) ** 2) / (2 * (1 - alpha_bar))  # q(x_{t-1} | x_0)
-    log_density = log_density - (x_t - (1 - betas[t]).sqrt() * x) ** 2 / (
-        2 * betas[t]
-    )  # q(x_t | x_{t-1})
+    log_density = log_density - (x_t - (1 - betas[t]).sqrt() * x) ** 2 / (2 * betas[t])  # q(x_t | x_{t-1})
     weights = log_density.softmax(dim=0)
     mean = (weights * x).sum()
     variance = (weights * (x - mean) ** 2).sum()
@@ -303,12 +279,7 @@ def test_linear_gaussian_chain(D):
 
 @pytest.mark.parametrize(("dataset", "T"), [("swiss_roll", 40), ("mnist", 1000), ("mnist", 20)])
 def test_z_0_is_exact_for_data_from_the_prior(dataset, T):
-    betas = (
-        untrained(dataset, T, *((2, 1) if dataset == "swiss_roll" else (1, 64)))
-        .double()
-        .betas()
-        .detach()
-    )
+    betas = untrained(dataset, T, *((2, 1) if dataset == "swiss_roll" else (1, 64))).double().betas().detach()
     process, L_null = dpm.Gaussian(betas), -0.5 * math.log2(2 * math.pi * math.e)
     assert abs(quadrature(process, null(2), 1.0, n=4) - L_null) < 1e-9
     torch.manual_seed(0)
@@ -382,9 +353,7 @@ def test_binomial_kl():
     def entropy(p):
         return -(p * p.log() + (1 - p) * (1 - p).log())
 
-    H = entropy(x_0 * 0 + M) - entropy(
-        x_0 * alpha_bars[0] + M * (1 - alpha_bars[0])
-    )  # alpha_bar_T is 0
+    H = entropy(x_0 * 0 + M) - entropy(x_0 * alpha_bars[0] + M * (1 - alpha_bars[0]))  # alpha_bar_T is 0
     H = (H - entropy(x_0 * 0 + M)).sum(dim=1)
     correction = (x_0.sum(dim=1) - 3 * M) * math.log(M / (1 - M)) * betas[0]
     found = kl_inside(process, lambda x_t, t: z, x_0, t, noise, H, correction)
@@ -423,9 +392,7 @@ def test_binomial_marginal_is_single_steps(T):
         assert process.alpha_bars[t].item() == pytest.approx(1 - (t + 1) / T, abs=2e-5)
         p = p * (1 - beta) + M * beta
         if t % (T // 5) == 0 or t == T - 1:
-            found = (
-                process.q_marginal(torch.tensor([[1.0, 0.0]]), torch.tensor([t])).probs[0].tolist()
-            )
+            found = process.q_marginal(torch.tensor([[1.0, 0.0]]), torch.tensor([t])).probs[0].tolist()
             assert found == pytest.approx([p, M * (1 - (p - M) / (1 - M))], abs=2e-5)
             for x, expected in ((1.0, 1 - beta + M * beta), (0.0, M * beta)):
                 step = process.p_reverse(torch.zeros(1, 1), x * one, torch.tensor([t]))
@@ -447,10 +414,7 @@ def heartbeat_oracle(T):
         weights = torch.where(x_t > 0, r, 1 - r).log().sum(dim=2).softmax(dim=1)  # (B, 5)
         r = beats * before + M * (1 - before)
         up, down = 1 - (1 - M) * beta, M * beta
-        one, zero = (
-            torch.where(x_t > 0, up, 1 - up) * r,
-            torch.where(x_t > 0, down, 1 - down) * (1 - r),
-        )
+        one, zero = torch.where(x_t > 0, up, 1 - up) * r, torch.where(x_t > 0, down, 1 - down) * (1 - r)
         p = (weights[:, :, None] * one / (one + zero)).sum(dim=1)  # (B, 20)
         return logit(p.clamp(1e-9, 1 - 1e-9)) - logit(torch.where(x_t > 0, up, down)[:, 0])
 
@@ -513,10 +477,7 @@ def test_swiss_roll_oracle_reaches_its_ceiling(roll_metrics):
         x_0 = dpm.draw_data(arguments("swiss_roll", 40), 1500, rows("swiss_roll")).double()
         noise = torch.randn_like(x_0)
         Ks.append(dpm.bound(dpm.Gaussian(betas), model, x_0, torch.full((1500,), t), noise)[0])
-    K, error = (
-        torch.stack(Ks).mean().item(),
-        torch.stack(Ks).std(dim=1).mean().item() / math.sqrt(39 * 1500),
-    )
+    K, error = torch.stack(Ks).mean().item(), torch.stack(Ks).std(dim=1).mean().item() / math.sqrt(39 * 1500)
     exact = roll_metrics["exact log likelihood"]
     assert error < 0.1
     assert exact - 0.6 < K < exact
@@ -589,9 +550,7 @@ def test_each_t_is_equally_likely_and_evenly_spread(B, T):
 # Network
 
 
-@pytest.mark.parametrize(
-    ("dataset", "C", "P"), [("heartbeat", 20, 1), ("mnist", 1, 64), ("mnist", 3, 64)]
-)
+@pytest.mark.parametrize(("dataset", "C", "P"), [("heartbeat", 20, 1), ("mnist", 1, 64), ("mnist", 3, 64)])
 @pytest.mark.parametrize("T", [5, 100])
 def test_bumps_sum_to_one(dataset, C, P, T):
     basis = untrained(dataset, T, C, P).basis
@@ -606,21 +565,12 @@ def test_points_have_a_read_out_for_every_t():
 
 @pytest.mark.parametrize(
     ("dataset", "C", "P"),
-    [
-        ("swiss_roll", 2, 1),
-        ("heart", 2, 1),
-        ("heartbeat", 20, 1),
-        ("mnist", 1, 64),
-        ("mnist", 3, 64),
-    ],
+    [("swiss_roll", 2, 1), ("heart", 2, 1), ("heartbeat", 20, 1), ("mnist", 1, 64), ("mnist", 3, 64)],
 )
 @pytest.mark.parametrize("B", [1, 5])
 def test_network_shapes(dataset, C, P, B):
     T, D = 20, C * P
-    model, Process = (
-        untrained(dataset, T, C, P),
-        dpm.Binomial if dataset == "heartbeat" else dpm.Gaussian,
-    )
+    model, Process = untrained(dataset, T, C, P), dpm.Binomial if dataset == "heartbeat" else dpm.Gaussian
     process, t = Process(model.betas()), torch.randint(1, T, (B,))
     x_0 = torch.rand(B, D).round()
     z = model(x_0, t)
@@ -641,9 +591,7 @@ def test_pixels_and_channels_of_an_image_stay_in_place(C):
     P, model = 64, untrained("mnist", 20, C, 64)
     model.bias.data += torch.arange(2 * C)[:, None]
     z = model(torch.randn(2, C * P), torch.tensor([3, 19]))
-    expected = (
-        torch.arange(2 * C).float().repeat_interleave(P)
-    )  # z_mu of channel c at c P + p, then z_sigma
+    expected = torch.arange(2 * C).float().repeat_interleave(P)  # z_mu of channel c at c P + p, then z_sigma
     torch.testing.assert_close(z, expected.expand(2, -1))
     for module in model.modules():  # without dense layers, a pixel reaches a few neighbours
         if isinstance(module, torch.nn.Linear):
@@ -690,9 +638,7 @@ def test_chains_repeat_and_leave_other_random_numbers_alone(binomial):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    first, again, other = (
-        list(dpm.p_sample_loop(process, model, (600, 4), seed)) for seed in (5, 5, 6)
-    )
+    first, again, other = (list(dpm.p_sample_loop(process, model, (600, 4), seed)) for seed in (5, 5, 6))
     assert torch.equal(torch.rand(3), expected)
     assert [step for step, _ in first] == list(range(8, -1, -1))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, again))
@@ -710,16 +656,12 @@ def test_last_step_back_is_the_forward_kernel(binomial):
     if binomial:
         for x, p in ((1.0, 1 - beta + M * beta), (0.0, M * beta)):
             chosen = x_0[x_1 == x]
-            assert chosen.mean().item() == pytest.approx(
-                p, abs=5 * math.sqrt(p * (1 - p) / len(chosen))
-            )
+            assert chosen.mean().item() == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / len(chosen)))
     else:
         rest = x_0 - math.sqrt(1 - beta) * x_1
         assert rest.mean().item() == pytest.approx(0, abs=5 * math.sqrt(beta / n))
         assert rest.var().item() == pytest.approx(beta, rel=5 * math.sqrt(2 / n))
-        assert np.corrcoef(rest.flatten(), x_1.flatten())[0, 1] == pytest.approx(
-            0, abs=5 / math.sqrt(n)
-        )
+        assert np.corrcoef(rest.flatten(), x_1.flatten())[0, 1] == pytest.approx(0, abs=5 / math.sqrt(n))
 
 
 @pytest.mark.parametrize("binomial", [False, True])
@@ -753,9 +695,7 @@ def test_points_are_standardised(dataset):
     assert x.shape == (n, 2)
     assert x.mean(dim=0).abs().max() < 5 / math.sqrt(n)
     assert x.square().mean().item() == pytest.approx(1, abs=0.01)
-    assert not torch.equal(
-        x[:9], dpm.draw_data(arguments(dataset, 40), 9, rows(dataset))
-    )  # fresh every time
+    assert not torch.equal(x[:9], dpm.draw_data(arguments(dataset, 40), 9, rows(dataset)))  # fresh every time
 
 
 def curve(dataset, v):
@@ -781,9 +721,7 @@ def test_heartbeats_are_exact():
     torch.manual_seed(0)
     x = dpm.draw_data(arguments("heartbeat", 40), 5000, rows("heartbeat"))
     assert x.shape == (5000, 20) and ((x == 0) | (x == 1)).all()
-    assert (x.sum(dim=1) == 4).all() and torch.equal(
-        x[:, :15], x[:, 5:]
-    )  # a pulse in every fifth bin
+    assert (x.sum(dim=1) == 4).all() and torch.equal(x[:, :15], x[:, 5:])  # a pulse in every fifth bin
     assert x.mean().item() == pytest.approx(M)
     phases = x[:, :5].mean(dim=0)
     assert (phases - 0.2).abs().max() < 5 * math.sqrt(0.16 / 5000)
@@ -832,21 +770,12 @@ def test_exact_log_likelihood(dataset, monkeypatch):
 
 def test_metrics_of_points(roll_metrics):
     args = arguments("swiss_roll", 40)
-    assert list(roll_metrics) == [
-        "K",
-        "standard error",
-        "L_null",
-        "K - L_null",
-        "exact log likelihood",
-    ]
+    assert list(roll_metrics) == ["K", "standard error", "L_null", "K - L_null", "exact log likelihood"]
     assert roll_metrics["L_null"] == pytest.approx(-2.047 * 2, abs=0.03)
     assert roll_metrics["K - L_null"] == pytest.approx(roll_metrics["K"] - roll_metrics["L_null"])
     torch.manual_seed(5)
     model = untrained("swiss_roll", 40)
-    process, x_0 = (
-        dpm.Gaussian(model.betas().detach()),
-        dpm.draw_data(args, 39 * 500, rows("swiss_roll")),
-    )
+    process, x_0 = dpm.Gaussian(model.betas().detach()), dpm.draw_data(args, 39 * 500, rows("swiss_roll"))
     K, _ = dpm.bound(process, model, x_0, each_t(40, 39 * 500))
     error = math.hypot(roll_metrics["standard error"], K.std().item() / math.sqrt(len(K)))
     assert K.mean().item() == pytest.approx(roll_metrics["K"], abs=5 * error)
@@ -924,9 +853,7 @@ def test_heartbeat_run(tmp_path):
     run("--dataset", "heartbeat", "--output_dir", tmp_path / "run")
     samples, metrics = check_run(tmp_path / "run", "heartbeat")
     assert samples.shape == (30, 20) and set(np.unique(samples)) <= {0.0, 1.0}
-    assert (
-        metrics["exact log likelihood"] == pytest.approx(math.log2(1 / 5)) and metrics["K"] < -2.33
-    )
+    assert metrics["exact log likelihood"] == pytest.approx(math.log2(1 / 5)) and metrics["K"] < -2.33
     assert metrics["L_null"] == pytest.approx(-14.438, abs=1e-3)
     beats = {tuple(beat) for beat in dpm.BEATS.numpy()}
     share = np.mean([tuple(sample) in beats for sample in samples])
@@ -965,9 +892,7 @@ def test_checkpoint_needs_no_other_flag(roll_run, tmp_path, monkeypatch, no_eval
     names = ["process.gif", "sample.json", "samples.npy", "samples.png", "stills.png"]
     assert sorted(os.listdir(folder)) == names
     assert (folder / "samples.npy").read_bytes() == before["samples.npy"]
-    dpm.main(
-        ["--checkpoint", str(out / "model.pt"), "--eval_batch_size", "1", "--output_dir", "one"]
-    )
+    dpm.main(["--checkpoint", str(out / "model.pt"), "--eval_batch_size", "1", "--output_dir", "one"])
     assert np.load(tmp_path / "one" / "samples.npy").shape == (1, 2)
     dpm.main(["--checkpoint", str(out / "model.pt"), "--seed", "9", "--output_dir", "other"])
     assert (tmp_path / "other" / "samples.npy").read_bytes() != before["samples.npy"]
@@ -1162,13 +1087,9 @@ def test_bad_checkpoints(roll_run, tmp_path, capsys, flag, kind):
     elif kind == "other script":
         torch.save({"model": {}, "main.py": {"dataset": "heart"}, "stats": {}}, path)
     elif kind == "malicious":
-        torch.save(
-            {"dpm_2015.py": Evil(str(tmp_path / "pwned")), "model": {}, "optimizer": {}}, path
-        )
+        torch.save({"dpm_2015.py": Evil(str(tmp_path / "pwned")), "model": {}, "optimizer": {}}, path)
     elif kind != "absent":
-        path.write_bytes(
-            {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"hello"}[kind]
-        )
+        path.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"hello"}[kind])
     line = refusal(capsys, [flag, path, "--output_dir", tmp_path / "out"])
     assert flag in line and str(path) in line
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "out").exists()
@@ -1196,15 +1117,7 @@ def test_mnist_without_network(capsys, tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    options = [
-        *TINY,
-        "--dataset",
-        "mnist",
-        "--data_dir",
-        tmp_path / "data",
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    options = [*TINY, "--dataset", "mnist", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "out"]
     line = refusal(capsys, options)
     assert "--data_dir" in line and str(tmp_path / "data/MNIST/raw") in line
     assert not (tmp_path / "out").exists()
