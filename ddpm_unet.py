@@ -323,7 +323,7 @@ def parse_options(argv):
     flag("--learning_rate", "-l", type=float, default=1e-3, help="of Adam")
     flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
-    flag("--guidance", type=float, default=0.0, help="above 0: clearer classes, less variety")
+    flag("--guidance", type=float, default=0.5, help="above 0: clearer classes, less variety")
     flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm is Algorithm 2 (with T steps)")
     flag("--sampling_steps", type=int, default=50, help="fewer are quicker, T at most")
     source = parser.add_mutually_exclusive_group()
