@@ -172,7 +172,7 @@ def unet(content):
     for sampler, steps in (("ddim", 10), ("ddim", 50), ("ddim", 250), ("ddpm", 250)):
         torch.manual_seed(3)
         x_T = torch.randn(12, 1, 28, 28)
-        chain = ddpm_unet.p_sample_loop(net, alpha_bars, steps, x_T, labels, 0, sampler)
+        chain = ddpm_unet.p_sample_loop(net, alpha_bars, steps, x_T, labels, 0.5, sampler)
         rows.append(list(chain)[-1][1])
         names.append(f"{sampler}, {steps} steps")
     grid(rows, names, "figure_samplers.png")

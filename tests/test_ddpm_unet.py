@@ -398,11 +398,17 @@ def test_sampling_needs_only_the_checkpoint(grey, tmp_path, monkeypatch):
     out = Path("outputs/ddpm_unet_mnist_samples")
     assert {*os.listdir(out)} == SAMPLES and {*os.listdir()} == {"copy.pt", "outputs"}
     assert (out / "samples.npy").read_bytes() == before["samples.npy"]
-    variants = ["--seed 0", "--seed 1", "--guidance 5", "--sampler ddpm", "--sampling_steps 3"]
+    variants = [
+        "--seed 0",
+        "--seed 1",
+        "--guidance 5",
+        "--sampler ddpm",
+        "--sampling_steps 3 --guidance 0",
+    ]
     for options in variants:
         run(options, "--checkpoint", grey / "model.pt", *options.split())
     assert len({Path(options, "samples.npy").read_bytes() for options in variants}) == 5
-    run("label", "--checkpoint", grey / "model.pt", "--label", 7, 2)
+    run("label", "--checkpoint", grey / "model.pt", "--guidance", 0, "--label", 7, 2)
     assert seen[-5] == [*range(10), 0, 1] and seen[-4:] == 4 * [6 * [7, 2]]  # one call in each step
     assert {path.name: path.read_bytes() for path in grey.iterdir()} == before
 
