@@ -393,7 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "writ", "download"  # in errors that users can mend
+        words = "allocate", "state_dict", "download", "unexpected pos"  # the last: a full disk
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise  # a mistake in this file, perhaps: show where
         sys.exit(f"ddpm_unet.py: error: {' '.join(str(error).split())}")
