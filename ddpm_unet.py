@@ -1,7 +1,7 @@
 """DDPM with a U-Net: Denoising Diffusion Probabilistic Models on images, complete, in one file.
 
-The forward process turns an image x_0 into noise in T small steps. A U-Net guesses the noise in x_t
-and so x_0. Small steps towards these guesses make images. https://arxiv.org/abs/2006.11239.
+T small steps turn an image x_0 into noise. A U-Net learns to guess the noise in x_t, and so x_0.
+Small steps towards its guesses turn noise into an image. Paper: https://arxiv.org/abs/2006.11239.
 
     python ddpm_unet.py                                     MNIST, in about an hour on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
@@ -19,7 +19,7 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from copy import deepcopy
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -47,12 +47,12 @@ def read_image(path, size):
 
 
 def load_images(dataset, data_dir, size):
-    """Return images, uint8 (N, C, size, size), and labels (N,). Each subfolder is a class."""
+    """Return images, uint8 (N, C, size, size), and labels (N,): one class for each subfolder."""
     if dataset == "mnist":
         mnist = MNIST(data_dir, download=True)
         return mnist.data[:, None], mnist.targets
     classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
-    files = ImageFolder.make_dataset(dataset, dict(zip(classes, count())), IMG_EXTENSIONS)
+    files = ImageFolder.make_dataset(dataset, {c: k for k, c in enumerate(classes)}, IMG_EXTENSIONS)
     images = []
     for path, _ in tqdm(files, "reading"):
         try:
@@ -68,10 +68,10 @@ def load_images(dataset, data_dir, size):
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
     """Return alpha_bars (T,): the share of x_0 in x_t's variance. Elsewhere: alphas_cumprod."""
-    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The paper's
-    # betas go with T = 1000. Times 1000 / T, x_T is noise for other T too. float64 is accurate.
+    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
+    # 1000 / T makes x_T noise also if T is not the paper's 1000. float64 is accurate.
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
-    return (1 - betas.clamp(max=0.999)).cumprod(dim=0)  # clamped, so that no alpha_bar is 0
+    return (1 - betas.clamp(max=0.999)).cumprod(dim=0)  # T = 20 would end with 1 and alpha_bar 0
 
 
 def q_sample(x_0, alpha_bar, eps):
@@ -80,8 +80,8 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0): x_{t-1} if x_0 is known, eq. 6 and 7."""
-    alpha = alpha_bar / alpha_bar_prev  # of several steps at once, if section 5 leaves some out
+    """Return mean and variance of q(x_{t-1} | x_t, x_0): x_{t-1} if we know x_0 (eq. 6 and 7)."""
+    alpha = alpha_bar / alpha_bar_prev  # of all steps in between, if the sampler skips some
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)  # beta_tilde_t
@@ -103,7 +103,7 @@ class ResBlock(nn.Module):
         self.temb = nn.Linear(E, C)
         self.conv_2 = conv(C, C)
         self.shortcut = nn.Conv2d(C_in, C, 1)
-        nn.init.zeros_(self.conv_2[-1].weight)  # at first, the block is little but its shortcut
+        nn.init.zeros_(self.conv_2[-1].weight)  # so training starts from the shortcut
 
     def forward(self, h, temb):
         x = self.conv_1(h) + self.temb(temb)[:, :, None, None]
@@ -116,7 +116,7 @@ class UNet(nn.Module):
     def __init__(self, channels, num_classes, num_timesteps, base_channels, channel_mults):
         super().__init__()
         E = 4 * base_channels
-        widths = [base_channels * mult for mult in channel_mults]  # channels of large to small
+        widths = [base_channels * mult for mult in channel_mults]  # from large images to small
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
@@ -136,7 +136,7 @@ class UNet(nn.Module):
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
-        angles = t[:, None] * self.frequencies  # (B, E / 2), as if T were the paper's 1000
+        angles = t[:, None] * self.frequencies  # (B, E / 2), for every T as for 1000
         temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1))
         temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
         h = self.first(x_t)  # (B, widths[0], H, W)
@@ -146,8 +146,8 @@ class UNet(nn.Module):
             skips.append(h)
             h = F.avg_pool2d(h, 2)
         h = self.middle_1(h, temb)
-        pixels = F.group_norm(h, 8).flatten(2).mT  # (B, H W, C): each attends to all
-        h = h + self.attention(pixels, pixels, pixels)[0].mT.reshape(h.shape)
+        pixels = F.group_norm(h, 8).flatten(2).mT  # (B, H W, C)
+        h = h + self.attention(pixels, pixels, pixels)[0].mT.reshape(h.shape)  # of all pixels
         h = self.middle_2(h, temb)
         for block in reversed(self.ups):
             skip = skips.pop()
@@ -176,7 +176,7 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take one step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 with sigma_t = 0."""
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # of the clamped x_0_hat
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # fits the clamped x_0_hat
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 
@@ -193,7 +193,7 @@ def predict_noise(net, x_t, t, labels):
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
     steps = torch.linspace(len(alpha_bars) - 1, 0, num_steps, device="cpu").round().long().flip(0)
-    visited = [1.0, *alpha_bars[steps].tolist()]  # 1 is that of x_0, so steps[k] has visited[k + 1]
+    visited = [1.0, *alpha_bars[steps].tolist()]  # visited[k + 1] is that of steps[k]
     no_labels = torch.full_like(labels, net.no_label)
     for k in reversed(range(num_steps)):
         alpha_bar_prev, alpha_bar = visited[k : k + 2]
@@ -267,7 +267,7 @@ def tile(x, columns):
 
 
 def sample(net, args, out):
-    """Draw images, each label in turn or all of one. Save them and a GIF of how they emerge."""
+    """Draw images, label after label. Save them, and a GIF that shows how they emerge."""
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
     classes = torch.tensor(args.label or range(args.num_classes))
@@ -314,7 +314,7 @@ def parse_options(argv):
     parser.usage, parser.description = "ddpm_unet.py [options]", __doc__
     flag = parser.add_argument
     flag("--dataset", default="mnist", help="mnist, or a folder of images; its folders are classes")
-    flag("--image_size", type=int, default=28, help="pixels on each side")
+    flag("--image_size", type=int, default=28, help="pixels on each side; digits always have 28")
     flag("--num_timesteps", type=int, default=1000, help="number of diffusion steps T")
     flag("--base_channels", type=int, default=24, choices=range(8, 257, 8), help="network width")
     flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
@@ -393,7 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download", "unexpected pos"  # the last: a full disk
+        words = "allocate", "state_dict", "download", "unexpected pos"  # no mistakes of this file
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
-            raise  # a mistake in this file, perhaps: show where
+            raise
         sys.exit(f"ddpm_unet.py: error: {' '.join(str(error).split())}")

@@ -1,6 +1,6 @@
 """Bounds what MNIST test digits cost as a code, in bits per dimension, with a trained ddpm_unet.py.
 
-    python tests/likelihood.py outputs/ddpm_unet_mnist/model.pt          minutes on two CPU cores
+    python tests/likelihood.py outputs/ddpm_unet_mnist/model.pt          a minute on two CPU cores
 
 The bound is the paper's eq. 5, with the variances beta_tilde of eq. 7:
 
@@ -49,7 +49,7 @@ def step_nats(net, alpha_bars, x_0, labels, t):
     error = x_0 - predict(net, alpha_bars, x_0, labels, t)
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
     alpha_bar_prev = alpha_bars[t - 1].view(-1, 1, 1, 1)
-    # In eq. 7, both means have the same term in x_t. What it says of error is their difference.
+    # Both means are eq. 7 with the same x_t, which cancels. Their difference is eq. 7 of the error.
     difference, variance = ddpm_unet.q_posterior(error, 0.0, alpha_bar, alpha_bar_prev)
     return difference**2 / (2 * variance)
 
