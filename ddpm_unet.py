@@ -316,7 +316,7 @@ def parse_options(argv):
     flag("--dataset", default="mnist", help="mnist, or a folder of images; its folders are classes")
     flag("--image_size", type=int, default=28, help="pixels on each side; digits always have 28")
     flag("--num_timesteps", type=int, default=1000, help="number of diffusion steps T")
-    flag("--base_channels", type=int, default=24, choices=[8, 16, 24, 32, 64, 128], help="network width")
+    flag("--base_channels", type=int, default=24, choices=[8, 16, 24, 32, 64, 128], help="width")
     flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
     flag("--train_batch_size", "-b", type=int, default=32, help="images in a training step")
     flag("--num_epochs", "-e", type=int, default=5, help="passes over the data")
