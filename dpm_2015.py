@@ -1,28 +1,24 @@
-"""Deep Unsupervised Learning using Nonequilibrium Thermodynamics: the first diffusion model, in one file.
+"""Deep Unsupervised Learning using Nonequilibrium Thermodynamics: the first diffusion model.
 
-A forward process destroys data in T small steps; a learned reverse process restores them, trained on K, a
-lower bound on log p(data) in bits. Sohl-Dickstein et al. 2015, https://arxiv.org/abs/1503.03585.
+Its forward process turns data into noise in T small steps. A network learns to undo them: it
+maximises K, a lower bound on log p(data), in bits. Paper: https://arxiv.org/abs/1503.03585.
 
-    python dpm_2015.py                        swiss roll, 80 seconds on 2 CPU cores; heart: the same
-    python dpm_2015.py --dataset heartbeat    binary sequences, 6 minutes
-    python dpm_2015.py --dataset mnist        digits, 30 minutes; --resume FILE goes on with a stopped run
+    python dpm_2015.py                        swiss roll, in two minutes
+    python dpm_2015.py --dataset heartbeat    binary sequences, in five minutes
+    python dpm_2015.py --dataset mnist        handwritten digits, in an hour
 
-Index: t = 0..T-1 here is step t + 1 of the paper: x_t is its x^{t+1}. Only x_0 is always the data, its x^0.
-Deviations: K has a correction (see bound); mu is x sqrt(1 - beta) + z sqrt(beta), as in the released code:
-eq. 65 is not exact at z = 0; bumps g_j(t), first Gaussian betas evenly spaced in log SNR; no denoising.
-Heartbeats: m is 0.2, as the paper's figures need (its table: 0.5); z adds to log-odds; bumps in read-outs.
-Digits: one pathway, one scale; KL terms weighted by 1 - alpha_bar (K worse, samples better); betas fixed.
+Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise. Tables begin at t = 0.
+x is (B, D): B examples of D numbers or bits. t is (B, 1), so that alpha_bars[t] multiplies x.
 """
 
-# %% 1. Imports
-import time
-
-STARTED = time.perf_counter()  # before the imports: a user waits for them as well
 import json
 import math
+import signal
 import sys
+import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from pickle import UnpicklingError
 
 import imageio.v2 as imageio
 import numpy as np
@@ -33,366 +29,371 @@ from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
 
-# %% 2. Options
-OPTIONS = {  # the defaults for points, heartbeats and digits, help
-    "num_timesteps": (40, 2000, 1000, "T, the number of diffusion steps, 5 or more"),
-    "hidden_size": (128, 50, 1024, "radial basis units for points (the paper: 16), or width of the network"),
-    "batch_size": (4000, 1000, 256, "examples in a training step, each at a t of its own"),
-    "num_training_steps": (4000, 40_000, 20_000, "training steps"),
-    "learning_rate": (3e-2, 1e-2, 2e-3, "of Adam at its highest; it rises in 100 steps, then falls to 0"),
-    "eval_batch_size": (10_000, 1000, 1000, "samples to draw"),
-    "seed": (0, 0, 0, "fixes all that is random"),
-}  # next: which of the three defaults, and how many examples a picture shows
-DATASETS = {"swiss_roll": (0, 500), "heart": (0, 500), "heartbeat": (1, 40), "mnist": (2, 25)}
-Distribution.set_default_validate_args(False)  # to check values is to wait for the device
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # data, samples, drift: a colour-blind reader can tell
+Distribution.set_default_validate_args(False)  # a variance may be 0, and a GPU need not wait
 
 
-def fail(message):
-    """Bad input ends here: one line that names the flag, the value and the way out; exit status 2."""
-    tqdm.write(f"dpm_2015.py: error: {message}", file=sys.stderr)  # on its own line, below a progress bar
-    sys.exit(2)
+# %% 1. Data
+def swiss_roll():
+    """Return points (100000, 2) on a spiral, with noise: a curve alone has no density."""
+    u = torch.pi * (1.5 + 3 * torch.rand(100_000))
+    spiral = torch.stack((u * u.cos(), u * u.sin()), dim=1)
+    return spiral + 0.25 * torch.randn(100_000, 2)
 
 
-def parse_options(argv=None):
-    """The options, complete, and the content of the file that --checkpoint or --resume names, or None."""
-    cuda = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
-    here = cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    parser = ArgumentParser("dpm_2015.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    flag("--dataset", choices=tuple(DATASETS), help="what to learn [swiss_roll]")
-    for name, (a, b, c, text) in OPTIONS.items():
-        flag(f"--{name}", type=type(a), metavar="N", help=f"{text} [points {a}, heartbeats {b}, digits {c}]")
-    flag("--eval_path", "--checkpoint", metavar="FILE", help="a model.pt to sample from instead of training")
-    flag("--resume", metavar="FILE", help="a model.pt to train on, up to --num_training_steps, in its folder")
-    flag("--output_dir", metavar="DIR", help="[outputs/dpm_2015_DATASET; with --checkpoint …_samples]")
-    flag("--data_dir", metavar="DIR", default="data", help="holds MNIST/raw, or will after a download [data]")
-    flag("--device", default=here[0], help="cuda, mps or cpu [the first that is there]")
-    args = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)  # notebook: none
-    path = args.eval_path or args.resume
-    args.device += ":0" if args.device == "cuda" else ""
-    if args.device not in here:
-        fail(f"--device {args.device}: not on this machine or not in this build of torch; here: {here}")
-    try:
-        checkpoint = torch.load(path, args.device, weights_only=True) if path else None  # runs no code of it
-        saved = {name: checkpoint["dpm_2015.py"][name] for name in ("dataset", *OPTIONS)} if path else {}
-    except Exception as error:  # noqa: BLE001 — a bad file fails in many ways
-        fail(f"--checkpoint or --resume {path}: {type(error).__name__}; give a model.pt of dpm_2015.py")
-    args.dataset = args.dataset or saved.get("dataset", "swiss_roll")
-    for (name, values), least in zip(OPTIONS.items(), (5, 1, 1, 1, 1e-12, 1, 0)):
-        if getattr(args, name) is None:
-            setattr(args, name, saved.get(name, values[DATASETS[args.dataset][0]]))
-        most = 2**63 - 1 if name == "seed" else 10**7
-        if not least <= getattr(args, name) <= most:
-            fail(f"--{name} {getattr(args, name)}: give a number from {least} to {most}")
-    for name in ("dataset", "num_timesteps", "hidden_size"):
-        if saved and getattr(args, name) != saved[name]:
-            fail(f"--{name} {getattr(args, name)}: {path} has {saved[name]}; leave the flag out")
-    folder = f"outputs/dpm_2015_{args.dataset}{'_samples' if args.eval_path else ''}"
-    args.output_dir = args.output_dir or (str(Path(args.resume).parent) if args.resume else folder)
-    return args, checkpoint
+def heartbeat():
+    """Return the 5 sequences of 20 bits (5, 20) with a pulse in every fifth: log2(1/5) = -2.322."""
+    return torch.eye(5).repeat(1, 4)
 
 
-# %% 3. Data — standardised: mean 0 and, on average, variance 1, as the prior N(0, I); bits stay bits
-u = 2 * math.pi * (torch.arange(4000) + 0.5) / 4000  # (4000,): data come from these places on a curve
-v = 1.5 * (math.pi + u)
-heart = torch.complex(16 * u.sin() ** 3, 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos())
-CURVE = {"heart": torch.view_as_real(heart / 5), "swiss_roll": torch.view_as_real(torch.polar(v / 10, v))}
-NOISE = {"swiss_roll": 0.025, "heart": 0.05}  # in units of CURVE; without noise a curve has no density
-BEATS = (torch.arange(20) % 5 == torch.arange(5)[:, None]).float()  # (5, 20): a pulse in every fifth bin
-SCALING = {"heartbeat": (0.0, 1.0), "mnist": (33.82, 78.57)}  # shift and scale; of digits in grey levels
-SCALING |= {n: (x.mean(dim=0), (x.var(dim=0).mean() + NOISE[n] ** 2).sqrt()) for n, x in CURVE.items()}
+POINTS = {"swiss_roll": swiss_roll}
+BITS = {"heartbeat": heartbeat}
 
 
-def load_mnist(data_dir):
-    """Training digits (60000, 784), test digits (10000, 784), uint8, 0 = background; downloads if need be."""
-    try:
+def load_data(dataset, data_dir):
+    """Return training and test examples (N, D), and the shift and scale that undo their scaling."""
+    torch.manual_seed(0)  # the same points in every run
+    if dataset in BITS:
+        return BITS[dataset](), BITS[dataset](), 0.0, 1.0
+    if dataset in POINTS:
+        x = POINTS[dataset]()
+    else:
         from torchvision.datasets import MNIST
 
-        return [MNIST(data_dir, train=train, download=True).data.flatten(1) for train in (True, False)]
-    except Exception as error:  # noqa: BLE001 — no network, a damaged file, a torchvision of another torch
-        why = f"--data_dir {data_dir}: no MNIST and no download ({' '.join(str(error).split())[:80]})"
-        fail(f"{why}; put its 4 files into {Path(data_dir, 'MNIST/raw')}, or see pytorch.org on torchvision")
+        x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
+        x = x.flatten(1) + torch.rand(len(x), 784)  # from integers to intervals: now with a density
+    shift, scale = x.mean().item(), x.std().item()
+    x = (x - shift) / scale  # mean 0 and variance 1, like the noise
+    return x[:-10_000], x[-10_000:], shift, scale
 
 
-def draw_data(args, n, rows):
-    """n fresh examples (n, D), standardised: rows (N, D) of CURVE, BEATS or MNIST at random, with noise."""
-    x = rows[torch.randint(len(rows), (n,))]
-    if args.dataset in NOISE:
-        x = x + NOISE[args.dataset] * torch.randn(n, 2)
-    elif args.dataset == "mnist":  # a grey level becomes an interval: whole numbers have no density
-        x = x + torch.rand(x.shape)
-    shift, scale = SCALING[args.dataset]
-    return ((x - shift) / scale).to(args.device)
+# %% 2. Two diffusion processes: q adds noise, p removes it
+class Gaussian(nn.Module):
+    """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
+    sample = staticmethod(Normal.rsample)  # gradients reach the betas through rsample
+    z_per_x = 2  # the network returns z_mu and z_sigma
 
-# %% 4. Forward and reverse process — x is (B, D), t is (B,); each kernel is a torch distribution over x
-class Gaussian:
-    """Gaussian diffusion, prior N(0, I). The betas (T,) may be learned: all is differentiable in them."""
-
-    prior, new_noise = property(lambda self: Normal(0 * self.betas[0], 1.0)), staticmethod(torch.randn)
-    sample = staticmethod(lambda kernel, noise: kernel.mean + kernel.stddev * noise)  # gradients reach betas
-
-    def __init__(self, betas):
-        log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # alpha_bar, as DDPM calls the product of 1 - beta
-        self.T, self.betas, self.alpha_bars = len(betas), betas, log_alpha_bars.exp()
-        self.variances = -torch.expm1(log_alpha_bars)  # 1 - alpha_bar, exact where that is tiny
-
-    def q_marginal(self, x_0, t):  # q(x_t | x_0): steps 0 to t at once
-        return Normal(self.alpha_bars[t, None].sqrt() * x_0, self.variances[t, None].sqrt())
-
-    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), t >= 1
-        beta, part = self.betas[t, None], self.variances[t - 1, None] / self.variances[t, None]
-        x_0_factor = self.alpha_bars[t - 1, None].sqrt() * beta / self.variances[t, None]
-        return Normal(x_0_factor * x_0 + (1 - beta).sqrt() * part * x_t, (beta * part).sqrt())
-
-    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t): for z = 0 the forward kernel, exact for data N(0, I)
-        beta, (z_mu, z_sigma) = self.betas[t, None], z.chunk(2, dim=1)
-        mu = (1 - beta).sqrt() * x_t + beta.sqrt() * z_mu  # in place of eq. 65
-        return Normal(mu, torch.sigmoid(z_sigma + beta.logit()).sqrt())  # eq. 64: Sigma is a variance
-
-
-class Binomial(Gaussian):
-    """Binomial diffusion, prior Bernoulli(m): with probability beta a bit is drawn anew from the prior."""
-
-    new_noise, m = staticmethod(torch.rand), 0.2  # uniform in [0, 1); m: mean activity of heartbeats
-    prior = property(lambda self: Bernoulli(torch.full_like(self.betas[0], self.m)))
-    sample = staticmethod(lambda kernel, noise: (noise < kernel.probs).to(noise.dtype))
-
-    def q_marginal(self, x_0, t):  # q(x_t | x_0)
-        return Bernoulli(x_0 * self.alpha_bars[t, None] + self.m * self.variances[t, None])
-
-    def q_posterior(self, x_0, x_t, t):  # p_reverse at z = log-odds of q(x_{t-1} | x_0) less the prior's
-        return self.p_reverse(self.q_marginal(x_0, t - 1).logits - self.prior.logits, x_t, t)
-
-    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t): for z = 0 the forward kernel, exact for data ~ prior
-        logits = (x_t * (1 - self.betas[t, None]) + self.m * self.betas[t, None]).logit() + z
-        return Bernoulli(logits=logits.clamp(-15, 15))  # beyond, 1 - p would round to 0 and a KL be infinite
-
-
-# %% 5. The bound — eq. 13 and 14
-def bound(process, model, x_0, t=None, noise=None):
-    """K in bits (B,) of x_0 (B, D), an estimate without bias from one x_t for each, and its t (B,) in 1..T-1.
-
-    In the paper's x^0 (data) to x^T, K = E_q log p(x^0, ..., x^T) / q(x^1, ..., x^T | x^0) <= log p(x^0). t
-    picks one of its T - 1 KL terms; p(x^0 | x^1), the forward kernel (44), has none. A correction makes it a
-    bound for any x^0, by E log prior(x_t) + H_prior = alpha_bar_t (log prior(x^0) + H_prior); its mean is 0
-    for data with the moments of the prior, as eq. 14 has it.
-    """
-    (B, D), T, prior = x_0.shape, process.T, process.prior
-    if t is None:  # each t is as likely as any other, but a batch has them evenly spread: K is less noisy
-        t = 1 + (torch.randperm(B) * (T - 1) // B + torch.randint(T - 1, (1,))).to(x_0.device) % (T - 1)
-    noise = process.new_noise(B, D, device=x_0.device) if noise is None else noise
-    x_t = process.sample(process.q_marginal(x_0, t), noise)
-    p = process.p_reverse(model(x_t, t), x_t, t)
-    kl = kl_divergence(process.q_posterior(x_0, x_t, t), p).sum(dim=1)  # (B,), nats
-    H_start, H_end = (process.q_marginal(x_0, 0 * t + k).entropy().sum(dim=1) for k in (0, T - 1))
-    H_prior = D * prior.entropy()  # H_p(X^T); H_start is H_q(X^1 | X^0), H_end is H_q(X^T | X^0)
-    correction = (process.betas[0] + process.alpha_bars[-1]) * (prior.log_prob(x_0).sum(dim=1) + H_prior)
-    return (H_end - H_start - H_prior - (T - 1) * kl + correction) / math.log(2), t
-
-
-# %% 6. Network — t enters at the read-out alone
-class Model(nn.Module):
-    """x_t (B, C P), of P pixels, and t (B,) to z (B, C P or twice that), 0 before training; has the betas."""
-
-    def __init__(self, args, C, P, precision="fp32"):
+    def __init__(self, T, beta_1, learn_betas):
         super().__init__()
-        T, H, points, units = args.num_timesteps, args.hidden_size, args.dataset in NOISE, args.hidden_size
-        self.bf16, self.dense = precision == "bf16", None
-        if args.dataset == "heartbeat":
-            alpha_bars = 1 - torch.arange(1, T + 1, dtype=torch.float64) / T  # so beta_t = 1 / (T - t)
-            layers = [part for n in (C, H, H) for part in (nn.Linear(n, H), nn.Sigmoid())]
-            for layer in layers[::2]:
-                layer.weight.data *= 4  # from small weights, sigmoids would hardly tell inputs apart
-        else:  # beta_0, 1e-4 or 1e-5, stays fixed, as the mean of K is at most -H_start
-            start = math.log(9999 if points else 99_999)
-            alpha_bars = torch.linspace(start, -7, T, dtype=torch.float64).sigmoid()
-        if points:  # radial basis units: exp(-|x - c|^2 / 2 s^2) / sum = softmax((2 x c - |c|^2) / 2 s^2)
-            layers = [nn.Linear(C, H), nn.Softmax(dim=1)]
-            w = nn.init.normal_(layers[0].weight.data, std=H / 9)  # centres c from N(0, I), s = 3 / sqrt(H)
-            layers[0].bias.data = -4.5 / H * w.square().sum(dim=1)
-        if P > 1:  # dense layers see the whole image; convolutions see the detail, and what those say of it
-            layers = [(nn.Linear(n, H), nn.LayerNorm(H), nn.GELU()) for n in (C * P, H, H, H)]
-            self.dense = nn.Sequential(*sum(layers, ()), nn.Linear(H, 4 * P))
-            layers = [(nn.Conv2d(n, 16, 3, padding=1), nn.LeakyReLU(0.05)) for n in (C + 4, 16)]
-            layers, units = [nn.Unflatten(1, (C + 4, math.isqrt(P), math.isqrt(P))), *sum(layers, ())], 16
-        self.body = nn.Sequential(*layers, nn.Flatten(2) if P > 1 else nn.Unflatten(1, (H, 1)))
-        betas = 1 - alpha_bars / torch.cat((torch.ones(1), alpha_bars[:-1]))
-        self.register_buffer("beta_0", betas[:1].float())
-        self.logit_betas = nn.Parameter(betas[1:].logit().float(), requires_grad=points)  # points learn them
-        log_snr = alpha_bars.logit().clamp(min=-8)  # log alpha_bar / (1 - alpha_bar); the last may be -inf
-        centres = torch.linspace(log_snr[0], log_snr[-1], 10)
-        bumps = (-((log_snr[:, None] - centres) ** 2) / (2 * (centres[1] - centres[0]) ** 2)).softmax(dim=1)
-        self.register_buffer("basis", torch.eye(T) if points else bumps.float())  # g_j(t) (T, J), eq. 63
-        shape = self.basis.shape[1], C if args.dataset == "heartbeat" else 2 * C
-        self.weight, self.bias = (nn.Parameter(torch.zeros(*shape, n)) for n in (units, 1))
+        self.T = T
+        self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
+        # First, alpha_bar falls from 1 - beta_1 to 0.001 in equal steps of its log-odds.
+        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T, dtype=torch.float64)
+        alpha_bars = self.log_odds.sigmoid()
+        betas = 1 - alpha_bars[1:] / alpha_bars[:-1]
+        self.logit_betas = nn.Parameter(betas.logit().float(), requires_grad=learn_betas)
+        # beta_1, the noise that samples keep, is small and fixed: data on a curve would drive it
+        # to 0 and K to infinity. beta_0 is 0.
+        self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
-    def betas(self):
-        return torch.cat((self.beta_0, self.logit_betas.sigmoid()))
+    def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
+        betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
+        log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # alpha_bar_t = prod of 1 - beta
+        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]
+        return Normal((log_alpha / 2).exp() * x, (-torch.expm1(log_alpha)).sqrt())
 
-    def forward(self, x, t):  # eq. 62: z = sum_j y_j g_j(t), each y_j linear in the units of the body
-        weight, bias = (torch.tensordot(self.basis[t], part, 1) for part in (self.weight, self.bias))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            units = self.body(torch.cat((x, self.dense(x)), dim=1) if self.dense else x)
-            return torch.baddbmm(bias, weight, units).flatten(1).to(x.dtype)  # units (B, n, P), z (B, D)
+    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
+        # Bayes' rule: the precision (1 / variance) before the step, plus that of the step.
+        before, step = self.q(x_0, 0, t - 1), self.q(x_t, t - 1, t)
+        variance = 1 / (1 / before.variance + (1 - step.variance) / step.variance)
+        mean = variance * (before.mean / before.variance + step.mean / step.variance)
+        return Normal(mean, variance.sqrt())
+
+    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
+        step = self.q(x_t, t - 1, t)  # the same as p if z = 0
+        z_mu, z_sigma = z.chunk(2, dim=1)
+        mu = step.mean + step.stddev * z_mu  # deviation: as in the authors' code, not eq. 65
+        variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
+        return Normal(mu, variance.sqrt())
 
 
-# %% 7. Sampling, and posteriors — section 2.5
+class Binomial(nn.Module):
+    """Binomial diffusion. One step draws each bit anew from the prior, with probability beta_t."""
+
+    sample = staticmethod(Bernoulli.sample)
+    z_per_x = 1
+
+    def __init__(self, T, m):
+        super().__init__()
+        self.T = T
+        self.m = m  # the mean of the data
+        self.prior = Bernoulli(m)  # p(x_T), of one bit
+        alpha_bars = 1 - torch.arange(T + 1) / T  # so beta_t = 1 / (T - t + 1)
+        self.register_buffer("alpha_bars", alpha_bars)
+        self.log_odds = alpha_bars[1:].logit().clamp(min=-8)  # -infinity for t = T
+
+    def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
+        alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
+        return Bernoulli(alpha * x + (1 - alpha) * self.m)
+
+    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
+        # Bayes' rule: the log-odds of x_{t-1} = 1 before the step, plus those of the step.
+        before = self.q(x_0, 0, t - 1)
+        from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
+        from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
+        return Bernoulli(logits=before.logits + from_1 - from_0)
+
+    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, D) is the network's output
+        step = self.q(x_t, t - 1, t)  # the same as p if z = 0
+        return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # so that p never rounds to 1
+
+
+# %% 3. The bound: what training maximises
+def bound(model, x_0):
+    """Return K (B,), an estimate of eq. 14 in bits for each x_0 (B, D), and the t (B, 1) it used.
+
+    K = -sum_{t=2}^T KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
+        + H_q(X^T | X^0) - H_q(X^1 | X^0) - H_p(X^T)
+
+    One random t stands for all T - 1 KLs. There is none for t = 1: p(x_0 | x_1) is fixed, a step
+    of q (eq. 44). The mean of K is a lower bound, as data and prior have equal moments. For z = 0,
+    as before training, p is a step of q. This leaves the prior as it is and is its own reverse
+    there, so K is L_null, the log likelihood of the data under the prior.
+    """
+    process = model.process
+    t = torch.randint(2, process.T + 1, (len(x_0), 1))
+    x_t = process.sample(process.q(x_0, 0, t))
+    q = process.q_posterior(x_0, x_t, t)
+    p = process.p_reverse(model(x_t, t), x_t, t)
+    kl = kl_divergence(q, p).sum(dim=1)
+    H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H_q(X^T | X^0)
+    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H_q(X^1 | X^0)
+    H_prior = x_0.shape[1] * process.prior.entropy()  # H_p(X^T)
+    K = -(process.T - 1) * kl + H_end - H_start - H_prior
+    return K / math.log(2), t
+
+
+# %% 4. The network: only its last layer sees t
+class Model(nn.Module):
+    """A diffusion process, and the network that learns to undo it: the same for all data.
+
+    Deviation: the paper has radial basis functions for points and sigmoids for heartbeats.
+    """
+
+    def __init__(self, process, D, H):
+        super().__init__()
+        self.process = process
+        layers = []
+        for inputs in (D, H, H):
+            layers += [nn.Linear(inputs, H), nn.LayerNorm(H), nn.GELU()]
+        self.dense = nn.Sequential(*layers, nn.Linear(H, 4 * D), nn.Unflatten(1, (D, 4)))
+        self.units = nn.Sequential(nn.Linear(5, 16), nn.GELU())
+        self.read_out = nn.Linear(16, 10 * process.z_per_x)
+        nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
+        nn.init.zeros_(self.read_out.bias)
+        # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1. Deviation: ours are
+        # evenly spaced not in t but in the log-odds of alpha_bar, which change fast at both ends.
+        centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
+        distances = (process.log_odds.float()[:, None] - centres) / (centres[1] - centres[0])
+        self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
+
+    def forward(self, x_t, t):
+        """Return z (B, D), or z_mu and z_sigma (B, 2 D), for x_t (B, D) and t (B, 1)."""
+        B, D = x_t.shape
+        h = torch.cat((self.dense(x_t), x_t[:, :, None]), dim=2)  # (B, D, 5)
+        y = self.read_out(self.units(h)).view(B, -1, 10)  # (B, D or 2 D, 10)
+        g = self.temporal_basis[t[:, 0] - 1]  # (B, 10)
+        z = y @ g[:, :, None]  # eq. 62: z = sum_j g_j(t) y_j
+        return z.view(B, D, -1).transpose(1, 2).flatten(1)
+
+
+# %% 5. Sampling and inpainting
 @torch.no_grad()
-def p_sample_loop(process, model, shape, seed, x_known=None, known=None):
-    """Yields (T, x), ..., (0, x): steps of noise left, x (B, D). Where known (D,) is true, x stays x_known:
-    inpainting, r of section 2.5 a delta function; approximate, as r acts on all x_t, not only x_0."""
-    generator, kernel, x = torch.Generator(process.betas.device).manual_seed(seed), process.prior, None
-    for step in range(process.T, -1, -1):
-        if step < process.T:  # z in parts that caches can hold; the last step is the forward kernel, eq. 44
-            t = torch.full(shape[:1], step, device=generator.device)
-            z = torch.cat([model(*part) for part in zip(x.split(500), t.split(500))])
-            kernel = process.p_reverse(z * (step > 0), x, t)
-        x = process.sample(kernel, process.new_noise(shape, generator=generator, device=generator.device))
-        yield step, (x := x if known is None else torch.where(known, x_known, x))
+def p_sample_loop(model, x_0, known, passes):
+    """Turn draws from the prior into data. Yield (T, x_T), ..., (0, x_0), each x (B, D).
+
+    Inpainting: where known (D,) is true, the result is the given x_0. Deviation: section 2.5 keeps
+    this part clean, which the network has never seen at large t. As in RePaint (arXiv 2201.09865,
+    Algorithm 1), it gets the noise of each t, and each step is taken several times, so that the
+    new part can adapt to it. For ordinary samples, known is all false and passes is 1.
+    """
+    process = model.process
+    x = process.prior.sample(x_0.shape)
+    yield process.T, x
+    for t in range(process.T, 0, -1):
+        steps = torch.full((len(x), 1), t)
+        for k in range(passes):
+            if k > 0:
+                x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} back to x_t
+            z = model(x, steps) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
+            x = process.sample(process.p_reverse(z, x, t))  # from x_t to x_{t-1}
+            x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)  # t = 1: x_0
+        yield t - 1, x
 
 
-# %% 8. Training
-def train(model, Process, args, rows, checkpoint, shape):
-    """Ascends K with Adam, to the end or to Ctrl-C; writes model.pt, training.gif and loss.png."""
-    Ks, frames, out, steps = [], [], Path(args.output_dir), args.num_training_steps
-    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["random"].cpu())
-        Ks = list(checkpoint["Ks"])
-    pauses = {math.ceil(steps * (k / 16) ** 2) for k in range(1, 16)}  # denser at the start
-
-    def pause():
-        if not torch.stack(Ks).isfinite().all():  # model.pt stays as it was
-            fail(f"--learning_rate {args.learning_rate}: K is not finite before step {len(Ks)}; lower it")
-        content = {"dpm_2015.py": vars(args), "model": model.state_dict(), "Ks": torch.stack(Ks)}
-        content |= {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}  # for --resume
-        save(out / "model.pt", lambda path: torch.save(content, path))
-        *_, (_, x) = p_sample_loop(Process(model.betas().detach()), model, shape, args.seed)
-        frames.append(draw([(f"training step {len(Ks):,}", x, ORANGE)]))
-
-    try:
-        for step in (bar := tqdm(range(len(Ks), steps), "training", steps, initial=len(Ks), smoothing=0.05)):
-            optimizer.param_groups[0]["lr"] = args.learning_rate * min((step + 1) / 100, 1 - step / steps)
-            K, t = bound(process := Process(model.betas()), model, draw_data(args, args.batch_size, rows))
-            weight = process.variances[t] if args.dataset == "mnist" else 1.0  # more for large t: shapes
-            optimizer.zero_grad()
-            (-(weight * K).mean() / shape[1]).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            Ks.append(K.mean().detach())
-            if step % 50 == 0:  # to read K is to wait for the device: not at every step
-                bar.set_postfix(K=f"{torch.stack(Ks[-100:]).mean():.3f} bits", refresh=False)
-            if step + 1 in pauses:
-                pause()
-    except KeyboardInterrupt:
-        tqdm.write("training ended early; next come the samples") if Ks else sys.exit(130)
-    pause()
-    save(out / "training.gif", imageio.mimsave, frames + frames[-1:] * 12, duration=250, loop=0)
-    axes = Figure(layout="constrained").add_subplot(xlabel="training step", ylabel="K in bits")
-    axes.plot(torch.stack(Ks).cpu(), ".", color=BLUE, markersize=1)
-    save(out / "loss.png", axes.figure.savefig)
+# %% 6. Training
+def train(model, rows, options, path, state):
+    """Maximise K with Adam, and save to path. state is {}, or what to resume."""
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    steps = range(state.get("step", 0), options["num_training_steps"])
+    bar = tqdm(steps, "training", steps.stop, initial=steps.start)
+    stop = []  # Ctrl-C puts something here
+    handler = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
+    for step in bar:
+        torch.manual_seed(options["seed"] * 10**9 + step)  # one seed a step
+        rate = min((step + 1) / 100, 1 - step / steps.stop)  # up in 100 steps, then down to 0
+        optimizer.param_groups[0]["lr"] = options["learning_rate"] * rate
+        x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
+        K, t = bound(model, x_0)
+        loss = -K / x_0.shape[1]
+        if options["dataset"] == "mnist":  # less weight for small t: a lower K, but better shapes
+            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t
+        optimizer.zero_grad()
+        loss.mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:  # reading K waits for the GPU, so do it rarely
+            bar.set_postfix(K=f"{K.mean().item():.2f} bits")
+        if stop or (step + 1) % 500 == 0 or step + 1 == steps.stop:
+            if not K.isfinite().all():
+                raise OSError("K is not finite: try a smaller --learning_rate")
+            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"options": options, "step": step + 1, **content}, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)  # so that model.pt is always complete
+        if stop:
+            break
+    signal.signal(signal.SIGINT, handler)
 
 
-# %% 9. Pictures
-def draw(panels, dpi=90):
-    """Picture (H, W, 3) of panels (title, x (N, D), colour): D = 2 points, 4 arrows, 20 beats, 784 digits."""
-    canvas = FigureCanvasAgg(Figure(figsize=(4 * len(panels), 4.35), dpi=dpi))
-    canvas.figure.subplots_adjust(0.01, 0.01, 0.99, 0.92, 0.03)
-    for axes, (title, x, colour) in zip(canvas.figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        axes.set(title=title, frame_on=False, xticks=(), yticks=())
-        if x.shape[1] <= 4:
-            axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8))
-            plot, look = (axes.quiver, {"width": 0.003}) if x.shape[1] == 4 else (axes.scatter, {"s": 3})
-            plot(*x.T.cpu().numpy(), color=colour, **look)
-        else:
-            n = math.isqrt(len(x)) if x.shape[1] == 784 else 0
-            x = x[: n * n].view(n, n, 28, 28).transpose(1, 2).reshape(28 * n, 28 * n) if n else x
-            axes.imshow(x.clamp(-0.42, 2.8).cpu().numpy(), cmap="gray", aspect="auto")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+# %% 7. Pictures and figures
+def draw(title, x):
+    """Return a picture (H, W, 3), uint8, of points (N, 2), of bits or of digits (N, D)."""
+    figure = Figure(figsize=(4, 4.4), dpi=90)
+    axes = figure.add_axes((0.02, 0, 0.96, 0.9), aspect="equal", xticks=(), yticks=())
+    axes.set_title(title, fontsize=16)
+    if x.shape[1] == 2:
+        axes.axis((-2.6, 2.6, -2.6, 2.6))
+        axes.scatter(*x[:1000].T.cpu(), s=6, linewidths=0)
+    elif x.shape[1] == 784:
+        rows = x[:25].view(5, 5, 28, 28).transpose(1, 2)
+        axes.imshow(rows.reshape(140, 140).cpu(), cmap="gray", vmin=-0.4, vmax=2.8)
+    else:
+        axes.pcolormesh(x[:12].cpu(), cmap="Blues", edgecolors="lightgrey", linewidth=1)
+    pixels, (width, height) = FigureCanvasAgg(figure).print_to_buffer()
+    return np.frombuffer(pixels, np.uint8).reshape(height, width, 4)[..., :3]
 
 
-def save(path, write, *parts, **options):
-    """write(another name, *parts, **options), then rename: the file is whole, or what it was before."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary := path.with_name(f".{path.name}"), *parts, **options)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        fail(f"--output_dir {path.parent}: {error}; name a folder with room that can be written")
-
-
-# %% 10. The whole run
 @torch.no_grad()
-def evaluate(process, model, args, rows, samples):
-    """Means over fresh or test data, in bits: K, its standard error (or less: t is stratified), L_null."""
-    parts, (shift, scale) = {"heartbeat": 1000, "mnist": 40}.get(args.dataset, 400), SCALING[args.dataset]
-    xs = (draw_data(args, 1000, rows) for _ in tqdm(range(parts), "bound"))
-    Ks = torch.cat([bound(process, model, x_0)[0] for x_0 in xs])  # (1000 parts,)
-    K, error, x_0 = Ks.mean().item(), Ks.std().item() / len(Ks) ** 0.5, draw_data(args, 10_000, rows)
-    L_null = process.prior.log_prob(x_0).sum(dim=1).mean().item() / math.log(2)
-    metrics = {"K": K, "standard error": error, "L_null": L_null, "K - L_null": K - L_null}
-    if args.dataset == "mnist":
-        return metrics | {"bits per dimension": math.log2(scale) - K / x_0.shape[1]}
-    if args.dataset == "heartbeat":
-        phases = (samples[:, None] == BEATS.to(samples)).all(dim=2).float().mean(dim=0).tolist()  # exact ones
-        return metrics | {"exact log likelihood": -math.log2(5), "exact": sum(phases), "each phase": phases}
-    kernels = Normal((CURVE[args.dataset] - shift) / scale, NOISE[args.dataset] / scale)  # one for each place
-    log_p = kernels.log_prob(x_0[:4000, None].cpu()).sum(dim=2).logsumexp(dim=1) - math.log(len(u))
-    return metrics | {"exact log likelihood": log_p.mean().item() / math.log(2)}
+def evaluate(model, test_rows, num_samples, out):
+    """Draw samples x, complete examples to y, estimate K. Save pictures; return x, y, figures."""
+    T, D = model.process.T, test_rows.shape[1]
+    chain = p_sample_loop(model, torch.zeros(num_samples, D), torch.zeros(D).bool(), passes=1)
+    frames = []
+    for t, x in tqdm(chain, "sampling", T + 1):
+        if t % max(1, T // 40) == 0:
+            frames.append(draw(f"{t} steps left", x))
+    imageio.mimsave(out / "process.gif", frames + 20 * frames[-1:], duration=100, loop=0)
+    imageio.imwrite(out / "samples.png", frames[-1])
+    x_0 = test_rows[torch.randint(len(test_rows), (100,))]
+    known = torch.arange(D) < D / 2
+    for _, y in tqdm(p_sample_loop(model, x_0, known, passes=10), "inpainting", T + 1):
+        pass
+    panels = [draw("known", known * x_0), draw("completed", y), draw("data", x_0)]
+    imageio.imwrite(out / "inpainting.png", np.hstack(panels))
+    Ks = []
+    for _ in tqdm(range(200), "bound"):
+        Ks.append(bound(model, test_rows[torch.randint(len(test_rows), (1000,))])[0])
+    Ks = torch.cat(Ks)
+    L_null = model.process.prior.log_prob(test_rows).sum(dim=1).mean().item() / math.log(2)
+    error = Ks.std().item() / len(Ks) ** 0.5
+    return x, y, {"K": Ks.mean().item(), "standard error of K": error, "L_null": L_null}
+
+
+# %% 8. Command line
+def parse_options(argv):
+    """Return the parsed options and the content of the checkpoint, {} if there is none."""
+    device = str(torch.accelerator.current_accelerator(True) or "cpu")  # True: if present
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--dataset", default="swiss_roll", choices=[*POINTS, *BITS, "mnist"], help="what to learn")
+    flag("--num_timesteps", type=int, default=40, help="number of diffusion steps T")
+    flag("--hidden_size", type=int, default=64, help="width of the network")
+    flag("--train_batch_size", type=int, default=1000, help="examples in a training step")
+    flag("--num_training_steps", type=int, default=5000, help="training steps")
+    flag("--learning_rate", type=float, default=1e-2, help="of Adam, its highest value")
+    flag("--num_samples", "--eval_batch_size", type=int, default=1000, help="samples to draw")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")
+    source.add_argument("--resume", help="model.pt whose training goes on, in its folder")
+    flag("--output_dir", help="folder for all files [outputs/dpm_2015_NAME]")
+    flag("--data_dir", default="data", help="holds the 4 files of MNIST in MNIST/raw, or will")
+    flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
+    flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
+    args = parser.parse_args(argv)
+    path = args.resume if args.checkpoint is None else args.checkpoint
+    state, options = {}, {"dataset": args.dataset}
+    if path is not None:
+        try:
+            state = torch.load(path, map_location=args.device, weights_only=True)
+            options = state["options"]
+        except (LookupError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+            parser.error(f"cannot use {path}: {error!r:.200}")
+    if options["dataset"] in BITS:
+        parser.set_defaults(num_timesteps=2000, num_training_steps=8000)
+    if options["dataset"] == "mnist":
+        parser.set_defaults(num_timesteps=1000, num_training_steps=14_000)
+        parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
+    parser.set_defaults(**options)
+    args = parser.parse_args(argv)  # again, with the defaults for these data
+    for name, value in vars(args).items():
+        if name != "seed" and isinstance(value, (int, float)) and not value > 0:
+            parser.error(f"--{name} {value}: must be positive")
+    return args, state
 
 
 def main(argv=None):
-    """One run, from options to files; in a notebook main(["--dataset", "mnist"]) stands for a command."""
-    args, checkpoint = parse_options(argv)
-    device, T, dataset, out = args.device, args.num_timesteps, args.dataset, Path(args.output_dir)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
-    quick = cpu.get("avx512_bf16") or device[:4] == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    precision = "bf16" if dataset == "mnist" and quick else "fp32"  # of the network; the others are small
-    print(f"device: {device}, {precision}, {torch.get_num_threads()} CPU threads")
-    if args.eval_path and (out / "model.pt").exists():
-        fail(f"--output_dir {out}: a training run is there, and stays as it is; name another folder")
+    """Train a model or load one, draw samples, and write everything to --output_dir."""
+    started = time.time()
+    args, state = parse_options(argv)
+    if args.dataset != "mnist":
+        torch.set_num_threads(1)  # small networks gain nothing from more
+    print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
+    torch.set_default_device(args.device)
+    name = args.dataset + ("" if args.checkpoint is None else "_samples")
+    out = Path(args.output_dir or f"outputs/dpm_2015_{name}")
+    if args.resume is not None:
+        out = Path(args.resume).parent
+    elif (out / "model.pt").exists():
+        raise OSError(f"{out} holds a trained model: name another --output_dir, or --resume it")
+    out.mkdir(parents=True, exist_ok=True)
+    rows, test_rows, shift, scale = load_data(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
-    rows, test_rows = load_mnist(args.data_dir) if dataset == "mnist" else [CURVE.get(dataset, BEATS)] * 2
-    data = draw_data(args, DATASETS[dataset][1], test_rows)
-    (N, D), Process = data.shape, Binomial if dataset == "heartbeat" else Gaussian
-    model = Model(args, *((1, D) if dataset == "mnist" else (D, 1)), precision).to(device)
-    model.load_state_dict(checkpoint["model"] if checkpoint else model.state_dict())
-    if not args.eval_path:
-        train(model, Process, args, rows, checkpoint, data.shape)
-    process, frames, known = Process(model.betas().detach()), [], torch.arange(D, device=device) < D / 2
-    noise = process.new_noise(N, D, device=device)  # one for all t: the eye can follow
-    grid = torch.cartesian_prod(*[torch.linspace(-2.6, 2.6, 20, device=device)] * 2)  # (400, 2)
-    chain = p_sample_loop(process, model, (args.eval_batch_size, D), args.seed)
-    filled = p_sample_loop(process, model, (N, D), args.seed, data, known)
-    for (step, x), (_, y) in tqdm(zip(chain, filled), "sampling", T + 1):
-        if step % max(1, T // 20) == 0 or step == T:
-            x_t = process.sample(process.q_marginal(data, torch.tensor([step - 1])), noise) if step else data
-            panels = [(f"data, step {step} of {T}", x_t, BLUE), (f"samples, step {step}", x[:N], ORANGE)]
-            panels += [("first half known", y, ORANGE)]
-            if D == 2:
-                t = torch.full((len(grid),), max(step - 1, 1), device=device)
-                arrows = process.p_reverse(model(grid, t).detach(), grid, t).mean - grid
-                panels += [(f"drift f_mu(x, {t[0] + 1}) - x", torch.cat((grid, arrows), dim=1), GREY)]
-            frames.append(draw(panels, dpi=60))
-    save(out / "process.gif", imageio.mimsave, frames[::-1] + frames + frames[-1:] * 30, duration=100, loop=0)
-    save(out / "stills.png", imageio.imwrite, np.vstack([frames[k] for k in (-1, len(frames) // 2, 0)]))
-    save(out / "samples.png", imageio.imwrite, draw([("samples", x[: 4 * N], ORANGE)]))
-    samples = (x.cpu() * SCALING[dataset][1] + SCALING[dataset][0]).numpy()
-    if dataset == "mnist":  # a grey level stands for the interval above it
-        samples = np.floor(samples).clip(0, 255).astype(np.uint8).reshape(-1, 28, 28)
-    save(out / "samples.npy", np.save, samples)
-    metrics = evaluate(process, model, args, test_rows, x)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    facts = {"options": vars(args), "versions": versions, "device": device, "precision": precision}
-    facts |= {"seconds": round(time.perf_counter() - STARTED, 1), "metrics": metrics}
-    save(out / f"{'sample' if args.eval_path else 'run'}.json", Path.write_text, json.dumps(facts, indent=2))
-    print(f"{out}:", *sorted(path.name for path in out.iterdir()))
-    print(", ".join(f"{name} {value}" for name, value in metrics.items()), f"({facts['seconds']} s)")
+    points = args.dataset in POINTS
+    process = Gaussian(args.num_timesteps, 1e-4 if points else 1e-5, learn_betas=points)
+    if args.dataset in BITS:
+        process = Binomial(args.num_timesteps, m=rows.mean().item())
+    model = Model(process, rows.shape[1], args.hidden_size)
+    if state:
+        model.load_state_dict(state["model"])
+    if args.checkpoint is None:
+        names = ["dataset", "num_timesteps", "hidden_size", "train_batch_size"]
+        names += ["num_training_steps", "learning_rate", "seed"]
+        options = {name: getattr(args, name) for name in names}
+        train(model, rows, options, out / "model.pt", state)
+    torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
+    x, y, figures = evaluate(model, test_rows, args.num_samples, out)
+    np.save(out / "samples.npy", (x * scale + shift).cpu())
+    np.save(out / "inpainted.npy", (y * scale + shift).cpu())
+    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]
+    facts = {
+        "options": vars(args),
+        "figures": figures,
+        "seconds": time.time() - started,
+        "torch": torch.__version__,
+    }
+    (out / "run.json").write_text(json.dumps(facts, indent=2))
+    print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, MemoryError, RuntimeError) as error:
+        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # no bugs of this file
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        sys.exit(f"dpm_2015.py: error: {' '.join(str(error).split())}")
