@@ -60,7 +60,8 @@ def load_data(dataset, data_dir):
         from torchvision.datasets import MNIST
 
         x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
-        x = x.flatten(1) + torch.rand(len(x), 784)  # from integers to intervals: now with a density
+        x = x.flatten(1).to(torch.get_default_device())
+        x = x + torch.rand(x.shape)  # integers have no density: each becomes an interval
     shift, scale = x.mean().item(), x.std().item()
     x = (x - shift) / scale  # mean 0 and variance 1, like the noise
     return x[:-10_000], x[-10_000:], shift, scale
@@ -77,11 +78,9 @@ class Gaussian(nn.Module):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        # First, alpha_bar falls from 1 - beta_1 to 0.001 in equal steps of its log-odds.
-        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T, dtype=torch.float64)
-        alpha_bars = self.log_odds.sigmoid()
-        betas = 1 - alpha_bars[1:] / alpha_bars[:-1]
-        self.logit_betas = nn.Parameter(betas.logit().float(), requires_grad=learn_betas)
+        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # of alpha_bar at first
+        betas = -torch.expm1(nn.functional.logsigmoid(self.log_odds).diff())  # of steps 2..T
+        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
         # beta_1, the noise that samples keep, is small and fixed: data on a curve would drive it
         # to 0 and K to infinity. beta_0 is 0.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
@@ -102,7 +101,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # the same as p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # deviation: as in the authors' code, not eq. 65
+        mu = step.mean + step.stddev * z_mu  # deviation: eq. 65 is no step of q for z = 0
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -184,7 +183,7 @@ class Model(nn.Module):
         # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1. Deviation: ours are
         # evenly spaced not in t but in the log-odds of alpha_bar, which change fast at both ends.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
-        distances = (process.log_odds.float()[:, None] - centres) / (centres[1] - centres[0])
+        distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
 
     def forward(self, x_t, t):
@@ -286,7 +285,7 @@ def evaluate(model, test_rows, num_samples, out):
             frames.append(draw(f"{t} steps left", x))
     imageio.mimsave(out / "process.gif", frames + 20 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", frames[-1])
-    x_0 = test_rows[torch.randint(len(test_rows), (100,))]
+    x_0 = test_rows[torch.randint(len(test_rows), (200,))]
     known = torch.arange(D) < D / 2
     for _, y in tqdm(p_sample_loop(model, x_0, known, passes=10), "inpainting", T + 1):
         pass
@@ -323,13 +322,14 @@ def parse_options(argv):
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
     path = args.resume if args.checkpoint is None else args.checkpoint
-    state, options = {}, {"dataset": args.dataset}
+    state = {}
     if path is not None:
         try:
             state = torch.load(path, map_location=args.device, weights_only=True)
-            options = state["options"]
+            state = {name: state[name] for name in ("options", "step", "model", "optimizer")}
         except (LookupError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
             parser.error(f"cannot use {path}: {error!r:.200}")
+    options = state.get("options", {"dataset": args.dataset})
     if options["dataset"] in BITS:
         parser.set_defaults(num_timesteps=2000, num_training_steps=8000)
     if options["dataset"] == "mnist":
