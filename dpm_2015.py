@@ -7,8 +7,8 @@ maximises K, a lower bound on log p(data), in bits. Paper: https://arxiv.org/abs
     python dpm_2015.py --dataset heartbeat    binary sequences, in five minutes
     python dpm_2015.py --dataset mnist        handwritten digits, in an hour
 
-Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise. Tables begin at t = 0.
-x is (B, D): B examples of D numbers or bits. t is (B, 1), so that alpha_bars[t] multiplies x.
+Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
+x is (B, D): B examples of D numbers or bits. t is one number, or (B, 1): one for each example.
 """
 
 import json
@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
 
-Distribution.set_default_validate_args(False)  # a variance may be 0, and a GPU need not wait
+Distribution.set_default_validate_args(False)  # so that a variance may be 0
 
 
 # %% 1. Data
@@ -41,7 +41,7 @@ def swiss_roll():
 
 
 def heartbeat():
-    """Return the 5 sequences of 20 bits (5, 20) with a pulse in every fifth: log2(1/5) = -2.322."""
+    """Return the 5 sequences of 20 bits (5, 20) with a pulse in every fifth bit."""
     return torch.eye(5).repeat(1, 4)
 
 
@@ -60,10 +60,9 @@ def load_data(dataset, data_dir):
         from torchvision.datasets import MNIST
 
         x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
-        x = x.flatten(1).to(torch.get_default_device())
-        x = x + torch.rand(x.shape)  # integers have no density: each becomes an interval
+        x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # a grey level is an interval
     shift, scale = x.mean().item(), x.std().item()
-    x = (x - shift) / scale  # mean 0 and variance 1, like the noise
+    x = ((x - shift) / scale).to(torch.get_default_device())  # mean 0, variance 1, like the prior
     return x[:-10_000], x[-10_000:], shift, scale
 
 
@@ -71,18 +70,17 @@ def load_data(dataset, data_dir):
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
-    sample = staticmethod(Normal.rsample)  # gradients reach the betas through rsample
+    sample = staticmethod(Normal.rsample)  # to draw from q or p; gradients reach the betas
     z_per_x = 2  # the network returns z_mu and z_sigma
 
     def __init__(self, T, beta_1, learn_betas):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # of alpha_bar at first
+        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # of initial alpha_bar
         betas = -torch.expm1(nn.functional.logsigmoid(self.log_odds).diff())  # of steps 2..T
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
-        # beta_1, the noise that samples keep, is small and fixed: data on a curve would drive it
-        # to 0 and K to infinity. beta_0 is 0.
+        # beta_0 is 0. beta_1 is fixed: data on a curve would drive it to 0, and K to infinity.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
@@ -92,10 +90,11 @@ class Gaussian(nn.Module):
         return Normal((log_alpha / 2).exp() * x, (-torch.expm1(log_alpha)).sqrt())
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule: the precision (1 / variance) before the step, plus that of the step.
-        before, step = self.q(x_0, 0, t - 1), self.q(x_t, t - 1, t)
-        variance = 1 / (1 / before.variance + (1 - step.variance) / step.variance)
-        mean = variance * (before.mean / before.variance + step.mean / step.variance)
+        # Bayes' rule adds precisions, 1 / variance: that of x_{t-1} before the step is seen, and
+        # that of the step as a function of x_{t-1}, which is (1 - beta_t) / beta_t.
+        prior, step = self.q(x_0, 0, t - 1), self.q(x_t, t - 1, t)
+        variance = 1 / (1 / prior.variance + (1 - step.variance) / step.variance)
+        mean = variance * (prior.mean / prior.variance + step.mean / step.variance)
         return Normal(mean, variance.sqrt())
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
@@ -126,11 +125,11 @@ class Binomial(nn.Module):
         return Bernoulli(alpha * x + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule: the log-odds of x_{t-1} = 1 before the step, plus those of the step.
-        before = self.q(x_0, 0, t - 1)
+        # Bayes' rule adds log-odds of x_{t-1} = 1: before the step is seen, and of the step.
+        prior = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
-        return Bernoulli(logits=before.logits + from_1 - from_0)
+        return Bernoulli(logits=prior.logits + from_1 - from_0)
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, D) is the network's output
         step = self.q(x_t, t - 1, t)  # the same as p if z = 0
@@ -139,15 +138,16 @@ class Binomial(nn.Module):
 
 # %% 3. The bound: what training maximises
 def bound(model, x_0):
-    """Return K (B,), an estimate of eq. 14 in bits for each x_0 (B, D), and the t (B, 1) it used.
+    """Return K (B,), eq. 14, in bits for each x_0 (B, D), estimated at one random t (B, 1), and t.
 
+    Jensen: log p(x_0) >= E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)), on average over data
     K = -sum_{t=2}^T KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
-        + H_q(X^T | X^0) - H_q(X^1 | X^0) - H_p(X^T)
+        + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
+    because data and prior have equal moments: E log p(x_T) = -H_p(x_T), and the term of t = 1,
+    where p(x_0 | x_1) is fixed to a step of q (eq. 44), is 0. One t stands for all T - 1 KLs.
 
-    One random t stands for all T - 1 KLs. There is none for t = 1: p(x_0 | x_1) is fixed, a step
-    of q (eq. 44). The mean of K is a lower bound, as data and prior have equal moments. For z = 0,
-    as before training, p is a step of q. This leaves the prior as it is and is its own reverse
-    there, so K is L_null, the log likelihood of the data under the prior.
+    For z = 0, as before training, p is a step of q. q is reversible under the prior. So K is then
+    L_null on average, the log likelihood of the data under the prior.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -155,18 +155,18 @@ def bound(model, x_0):
     q = process.q_posterior(x_0, x_t, t)
     p = process.p_reverse(model(x_t, t), x_t, t)
     kl = kl_divergence(q, p).sum(dim=1)
-    H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H_q(X^T | X^0)
-    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H_q(X^1 | X^0)
-    H_prior = x_0.shape[1] * process.prior.entropy()  # H_p(X^T)
+    H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H_q(x_T | x_0)
+    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H_q(x_1 | x_0)
+    H_prior = x_0.shape[1] * process.prior.entropy()  # H_p(x_T)
     K = -(process.T - 1) * kl + H_end - H_start - H_prior
     return K / math.log(2), t
 
 
 # %% 4. The network: only its last layer sees t
 class Model(nn.Module):
-    """A diffusion process, and the network that learns to undo it: the same for all data.
+    """A diffusion process, and the network that learns to undo it.
 
-    Deviation: the paper has radial basis functions for points and sigmoids for heartbeats.
+    Deviation: one architecture. The paper has radial basis functions for points, sigmoids for bits.
     """
 
     def __init__(self, process, D, H):
@@ -193,7 +193,7 @@ class Model(nn.Module):
         y = self.read_out(self.units(h)).view(B, -1, 10)  # (B, D or 2 D, 10)
         g = self.temporal_basis[t[:, 0] - 1]  # (B, 10)
         z = y @ g[:, :, None]  # eq. 62: z = sum_j g_j(t) y_j
-        return z.view(B, D, -1).transpose(1, 2).flatten(1)
+        return z.view(B, D, -1).transpose(1, 2).flatten(1)  # all z_mu, then all z_sigma
 
 
 # %% 5. Sampling and inpainting
@@ -201,22 +201,21 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws from the prior into data. Yield (T, x_T), ..., (0, x_0), each x (B, D).
 
-    Inpainting: where known (D,) is true, the result is the given x_0. Deviation: section 2.5 keeps
-    this part clean, which the network has never seen at large t. As in RePaint (arXiv 2201.09865,
-    Algorithm 1), it gets the noise of each t, and each step is taken several times, so that the
-    new part can adapt to it. For ordinary samples, known is all false and passes is 1.
+    Inpainting: where known (D,) is true, the result is x_0. Deviation: in section 2.5 this part is
+    always clean; here it gets the noise of its t, and each step is taken several times, so that the
+    rest can adapt (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
     """
     process = model.process
     x = process.prior.sample(x_0.shape)
     yield process.T, x
     for t in range(process.T, 0, -1):
-        steps = torch.full((len(x), 1), t)
-        for k in range(passes):
+        ts = torch.full((len(x), 1), t)
+        for k in range(passes if t > 1 else 1):
             if k > 0:
                 x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} back to x_t
-            z = model(x, steps) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
+            z = model(x, ts) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
             x = process.sample(process.p_reverse(z, x, t))  # from x_t to x_{t-1}
-            x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)  # t = 1: x_0
+            x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)
         yield t - 1, x
 
 
@@ -228,10 +227,10 @@ def train(model, rows, options, path, state):
         optimizer.load_state_dict(state["optimizer"])
     steps = range(state.get("step", 0), options["num_training_steps"])
     bar = tqdm(steps, "training", steps.stop, initial=steps.start)
-    stop = []  # Ctrl-C puts something here
+    stop = []  # after Ctrl-C, no longer empty: save, stop, go on to draw samples
     handler = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
     for step in bar:
-        torch.manual_seed(options["seed"] * 10**9 + step)  # one seed a step
+        torch.manual_seed(options["seed"] * 10**9 + step)  # resuming draws the same
         rate = min((step + 1) / 100, 1 - step / steps.stop)  # up in 100 steps, then down to 0
         optimizer.param_groups[0]["lr"] = options["learning_rate"] * rate
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
@@ -337,9 +336,10 @@ def parse_options(argv):
         parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
     parser.set_defaults(**options)
     args = parser.parse_args(argv)  # again, with the defaults for these data
+    least = {"num_timesteps": 1, "num_samples": 24, "seed": -1}
     for name, value in vars(args).items():
-        if name != "seed" and isinstance(value, (int, float)) and not value > 0:
-            parser.error(f"--{name} {value}: must be positive")
+        if isinstance(value, (int, float)) and not value > least.get(name, 0):
+            parser.error(f"--{name} {value}: must be above {least.get(name, 0)}")
     return args, state
 
 
@@ -393,7 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # no bugs of this file
+        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # not this file's fault
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"dpm_2015.py: error: {' '.join(str(error).split())}")
