@@ -40,20 +40,16 @@ def swiss_roll():
     return spiral + 0.25 * torch.randn(100_000, 2)
 
 
-def heartbeat():
-    """Return the 5 sequences of 20 bits (5, 20) with a pulse in every fifth bit."""
-    return torch.eye(5).repeat(1, 4)
-
-
 POINTS = {"swiss_roll": swiss_roll}
-BITS = {"heartbeat": heartbeat}
+BITS = {"heartbeat": torch.eye(5).repeat(1, 4)}  # 5 examples (5, 20): a pulse in every fifth bit
 
 
 def load_data(dataset, data_dir):
     """Return training and test examples (N, D), and the shift and scale that undo their scaling."""
     torch.manual_seed(0)  # the same points in every run
     if dataset in BITS:
-        return BITS[dataset](), BITS[dataset](), 0.0, 1.0
+        x = BITS[dataset].to(torch.get_default_device())
+        return x, x, 0.0, 1.0
     if dataset in POINTS:
         x = POINTS[dataset]()
     else:
@@ -70,17 +66,19 @@ def load_data(dataset, data_dir):
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
-    sample = staticmethod(Normal.rsample)  # to draw from q or p; gradients reach the betas
+    sample = staticmethod(Normal.rsample)  # sample(q(...)) draws; gradients reach the betas
     z_per_x = 2  # the network returns z_mu and z_sigma
 
     def __init__(self, T, beta_1, learn_betas):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # of initial alpha_bar
-        betas = -torch.expm1(nn.functional.logsigmoid(self.log_odds).diff())  # of steps 2..T
+        # At first, the log-odds of alpha_bar_t fall in equal steps; alpha_bar_T is 0.001.
+        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)
+        log_alphas = nn.functional.logsigmoid(self.log_odds).diff()  # log(1 - beta_t), t = 2..T
+        betas = -torch.expm1(log_alphas)
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
-        # beta_0 is 0. beta_1 is fixed: data on a curve would drive it to 0, and K to infinity.
+        # beta_0 is 0. beta_1 is fixed: data without noise would drive it to 0, and K to infinity.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
@@ -90,17 +88,17 @@ class Gaussian(nn.Module):
         return Normal((log_alpha / 2).exp() * x, (-torch.expm1(log_alpha)).sqrt())
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule adds precisions, 1 / variance: that of x_{t-1} before the step is seen, and
-        # that of the step as a function of x_{t-1}, which is (1 - beta_t) / beta_t.
-        prior, step = self.q(x_0, 0, t - 1), self.q(x_t, t - 1, t)
-        variance = 1 / (1 / prior.variance + (1 - step.variance) / step.variance)
-        mean = variance * (prior.mean / prior.variance + step.mean / step.variance)
+        # Bayes' rule adds precisions, 1 / variance, and precision times mean. As a function of
+        # x_{t-1}, the step has (1 - beta_t) / beta_t and sqrt(1 - beta_t) x_t / beta_t.
+        before, beta = self.q(x_0, 0, t - 1), self.q(x_t, t - 1, t).variance
+        variance = 1 / (1 / before.variance + (1 - beta) / beta)
+        mean = variance * (before.mean / before.variance + (1 - beta).sqrt() * x_t / beta)
         return Normal(mean, variance.sqrt())
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
-        step = self.q(x_t, t - 1, t)  # the same as p if z = 0
+        step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # deviation: eq. 65 is no step of q for z = 0
+        mu = step.mean + step.stddev * z_mu  # deviation: by eq. 65, z = 0 is not a step of q
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -118,7 +116,7 @@ class Binomial(nn.Module):
         self.prior = Bernoulli(m)  # p(x_T), of one bit
         alpha_bars = 1 - torch.arange(T + 1) / T  # so beta_t = 1 / (T - t + 1)
         self.register_buffer("alpha_bars", alpha_bars)
-        self.log_odds = alpha_bars[1:].logit().clamp(min=-8)  # -infinity for t = T
+        self.log_odds = alpha_bars[1:].logit().clamp(min=-8)  # for the network's bumps
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
@@ -126,28 +124,28 @@ class Binomial(nn.Module):
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
         # Bayes' rule adds log-odds of x_{t-1} = 1: before the step is seen, and of the step.
-        prior = self.q(x_0, 0, t - 1)
+        before = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
-        return Bernoulli(logits=prior.logits + from_1 - from_0)
+        return Bernoulli(logits=before.logits + from_1 - from_0)
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, D) is the network's output
-        step = self.q(x_t, t - 1, t)  # the same as p if z = 0
-        return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # so that p never rounds to 1
+        step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
+        return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # p never rounds to 0 or 1
 
 
 # %% 3. The bound: what training maximises
 def bound(model, x_0):
     """Return K (B,), eq. 14, in bits for each x_0 (B, D), estimated at one random t (B, 1), and t.
 
-    Jensen: log p(x_0) >= E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)), on average over data
+    Jensen: log p(x_0) >= E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)). Here, for t >= 2,
+    q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0) by Bayes' rule, so that
     K = -sum_{t=2}^T KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
-        + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
-    because data and prior have equal moments: E log p(x_T) = -H_p(x_T), and the term of t = 1,
-    where p(x_0 | x_1) is fixed to a step of q (eq. 44), is 0. One t stands for all T - 1 KLs.
-
-    For z = 0, as before training, p is a step of q. q is reversible under the prior. So K is then
-    L_null on average, the log likelihood of the data under the prior.
+        + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T), on average over data.
+    For data and prior have equal moments. So E log p(x_T) = -H_p(x_T), and t = 1 adds 0: there
+    p(x_0 | x_1) is fixed, a step of q (eq. 44). One random t stands for all T - 1 KLs.
+    With z = 0, as before training, K is L_null, the log likelihood of data under the prior: then p
+    is a step of q, and q is reversible: prior(a) q(b | a) = prior(b) q(a | b).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -162,11 +160,12 @@ def bound(model, x_0):
     return K / math.log(2), t
 
 
-# %% 4. The network: only its last layer sees t
+# %% 4. The network: t only chooses how its last outputs are mixed
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
-    Deviation: one architecture. The paper has radial basis functions for points, sigmoids for bits.
+    For each number, 4 features see all of x_t. With the number itself, they feed 16 units.
+    Deviation: the paper has radial basis functions for points and sigmoids for bits.
     """
 
     def __init__(self, process, D, H):
@@ -180,8 +179,8 @@ class Model(nn.Module):
         self.read_out = nn.Linear(16, 10 * process.z_per_x)
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
-        # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1. Deviation: ours are
-        # evenly spaced not in t but in the log-odds of alpha_bar, which change fast at both ends.
+        # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1. Deviation: they are
+        # evenly spaced in the log-odds of alpha_bar; for bits, that is not evenly in t.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
@@ -201,12 +200,11 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws from the prior into data. Yield (T, x_T), ..., (0, x_0), each x (B, D).
 
-    Inpainting: where known (D,) is true, the result is x_0. Deviation: in section 2.5 this part is
-    always clean; here it gets the noise of its t, and each step is taken several times, so that the
-    rest can adapt (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
+    Inpainting: where known (D,) is true, x ends as the given x_0. Deviation: section 2.5 keeps this
+    part clean; here it is as noisy as the rest, which can adapt to it, as each step is taken several
+    times (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
     """
-    process = model.process
-    x = process.prior.sample(x_0.shape)
+    process, x = model.process, model.process.prior.sample(x_0.shape)
     yield process.T, x
     for t in range(process.T, 0, -1):
         ts = torch.full((len(x), 1), t)
@@ -221,7 +219,7 @@ def p_sample_loop(model, x_0, known, passes):
 
 # %% 6. Training
 def train(model, rows, options, path, state):
-    """Maximise K with Adam, and save to path. state is {}, or what to resume."""
+    """Maximise K (for digits, weighted) with Adam. state is {}, or what to resume."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -242,11 +240,10 @@ def train(model, rows, options, path, state):
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0:  # reading K waits for the GPU, so do it rarely
-            bar.set_postfix(K=f"{K.mean().item():.2f} bits")
+        bar.set_postfix(K=f"{K.mean().item():.2f} bits", refresh=False)
         if stop or (step + 1) % 500 == 0 or step + 1 == steps.stop:
             if not K.isfinite().all():
-                raise OSError("K is not finite: try a smaller --learning_rate")
+                sys.exit("dpm_2015.py: error: K is not finite: try a smaller --learning_rate")
             content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({"options": options, "step": step + 1, **content}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)  # so that model.pt is always complete
@@ -290,10 +287,8 @@ def evaluate(model, test_rows, num_samples, out):
         pass
     panels = [draw("known", known * x_0), draw("completed", y), draw("data", x_0)]
     imageio.imwrite(out / "inpainting.png", np.hstack(panels))
-    Ks = []
-    for _ in tqdm(range(200), "bound"):
-        Ks.append(bound(model, test_rows[torch.randint(len(test_rows), (1000,))])[0])
-    Ks = torch.cat(Ks)
+    batches = torch.randint(len(test_rows), (200, 1000))
+    Ks = torch.cat([bound(model, test_rows[batch])[0] for batch in tqdm(batches, "bound")])
     L_null = model.process.prior.log_prob(test_rows).sum(dim=1).mean().item() / math.log(2)
     error = Ks.std().item() / len(Ks) ** 0.5
     return x, y, {"K": Ks.mean().item(), "standard error of K": error, "L_null": L_null}
@@ -347,8 +342,8 @@ def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
     started = time.time()
     args, state = parse_options(argv)
-    if args.dataset != "mnist":
-        torch.set_num_threads(1)  # small networks gain nothing from more
+    digits = args.dataset == "mnist"
+    torch.set_num_threads(torch.get_num_threads() if digits else 1)  # small ones gain nothing
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
     torch.set_default_device(args.device)
     name = args.dataset + ("" if args.checkpoint is None else "_samples")
@@ -360,10 +355,10 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     rows, test_rows, shift, scale = load_data(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
-    points = args.dataset in POINTS
-    process = Gaussian(args.num_timesteps, 1e-4 if points else 1e-5, learn_betas=points)
     if args.dataset in BITS:
         process = Binomial(args.num_timesteps, m=rows.mean().item())
+    else:
+        process = Gaussian(args.num_timesteps, 1e-5 if digits else 1e-4, learn_betas=not digits)
     model = Model(process, rows.shape[1], args.hidden_size)
     if state:
         model.load_state_dict(state["model"])
@@ -393,7 +388,12 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # not this file's fault
+        words = (
+            "allocate",
+            "state_dict",
+            "download",
+            "PytorchStreamWriter",
+        )  # failures outside this file
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"dpm_2015.py: error: {' '.join(str(error).split())}")
