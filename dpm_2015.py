@@ -62,7 +62,7 @@ def load_data(dataset, data_dir):
     return x[:-10_000], x[-10_000:], shift, scale
 
 
-# %% 2. Two diffusion processes: q adds noise, p removes it
+# %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -85,11 +85,13 @@ class Gaussian(nn.Module):
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # alpha_bar_t = prod of 1 - beta
         log_alpha = log_alpha_bars[t] - log_alpha_bars[s]
-        return Normal((log_alpha / 2).exp() * x, (-torch.expm1(log_alpha)).sqrt())
+        return Normal(
+            (log_alpha / 2).exp() * x, (-torch.expm1(log_alpha)).sqrt()
+        )  # variance 1 - alpha
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule adds precisions, 1 / variance, and precision times mean. As a function of
-        # x_{t-1}, the step has (1 - beta_t) / beta_t and sqrt(1 - beta_t) x_t / beta_t.
+        # Bayes' rule adds precisions, 1 / variance, and precisions times means. As a function of
+        # x_{t-1}, a step has the precision (1 - beta) / beta; times mean, sqrt(1 - beta) x_t / beta.
         before, beta = self.q(x_0, 0, t - 1), self.q(x_t, t - 1, t).variance
         variance = 1 / (1 / before.variance + (1 - beta) / beta)
         mean = variance * (before.mean / before.variance + (1 - beta).sqrt() * x_t / beta)
@@ -98,7 +100,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # deviation: by eq. 65, z = 0 is not a step of q
+        mu = step.mean + step.stddev * z_mu  # deviation from eq. 65, where z = 0 is no step of q
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -123,7 +125,7 @@ class Binomial(nn.Module):
         return Bernoulli(alpha * x + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule adds log-odds of x_{t-1} = 1: before the step is seen, and of the step.
+        # Bayes' rule adds log-odds of x_{t-1} = 1: those given x_0, and those that x_t adds.
         before = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
@@ -138,21 +140,22 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return K (B,), eq. 14, in bits for each x_0 (B, D), estimated at one random t (B, 1), and t.
 
-    Jensen: log p(x_0) >= E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)). Here, for t >= 2,
-    q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0) by Bayes' rule, so that
-    K = -sum_{t=2}^T KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
-        + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T), on average over data.
-    For data and prior have equal moments. So E log p(x_T) = -H_p(x_T), and t = 1 adds 0: there
-    p(x_0 | x_1) is fixed, a step of q (eq. 44). One random t stands for all T - 1 KLs.
-    With z = 0, as before training, K is L_null, the log likelihood of data under the prior: then p
-    is a step of q, and q is reversible: prior(a) q(b | a) = prior(b) q(a | b).
+    Jensen: log p(x_0) >= E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)). On average over data,
+    - p(x_T) gives -H_p(x_T), as data and prior have the same mean square (or, for bits, mean);
+    - t = 1 gives 0: p(x_0 | x_1) is fixed, a step of q (eq. 44). q is reversible, prior(a) q(b | a)
+      = prior(b) q(a | b), so p / q is prior(x_0) / prior(x_1), whose logarithm has the mean 0;
+    - t >= 2 give T - 1 KLs (here, one stands for all), as q(x_t | x_{t-1}) is by Bayes' rule
+      q(x_{t-1} | x_t, x_0) times q(x_t | x_0) / q(x_{t-1} | x_0). These ratios cancel but for
+      1 / q(x_T | x_0), which gives H_q(x_T | x_0), and q(x_1 | x_0), which gives -H_q(x_1 | x_0).
+    Before training, z = 0, and all t are like t = 1: K is L_null, the log likelihood of the data
+    under the prior.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
     x_t = process.sample(process.q(x_0, 0, t))
-    q = process.q_posterior(x_0, x_t, t)
+    posterior = process.q_posterior(x_0, x_t, t)
     p = process.p_reverse(model(x_t, t), x_t, t)
-    kl = kl_divergence(q, p).sum(dim=1)
+    kl = kl_divergence(posterior, p).sum(dim=1)
     H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H_q(x_T | x_0)
     H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H_q(x_1 | x_0)
     H_prior = x_0.shape[1] * process.prior.entropy()  # H_p(x_T)
@@ -164,7 +167,7 @@ def bound(model, x_0):
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
-    For each number, 4 features see all of x_t. With the number itself, they feed 16 units.
+    For each number, 4 features see all of x_t. They and the number feed 16 units, shared by all.
     Deviation: the paper has radial basis functions for points and sigmoids for bits.
     """
 
@@ -179,8 +182,8 @@ class Model(nn.Module):
         self.read_out = nn.Linear(16, 10 * process.z_per_x)
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
-        # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1. Deviation: they are
-        # evenly spaced in the log-odds of alpha_bar; for bits, that is not evenly in t.
+        # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1. They are evenly spaced
+        # in the log-odds of alpha_bar. Deviation: for bits, this is not evenly in t.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
@@ -200,9 +203,9 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws from the prior into data. Yield (T, x_T), ..., (0, x_0), each x (B, D).
 
-    Inpainting: where known (D,) is true, x ends as the given x_0. Deviation: section 2.5 keeps this
-    part clean; here it is as noisy as the rest, which can adapt to it, as each step is taken several
-    times (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
+    Inpainting: where known (D,) is true, x ends as the given x_0. Deviation from section 2.5: until
+    then, the known part is as noisy as the rest, and each step is taken several times, so that the
+    rest can adapt to it (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
     """
     process, x = model.process, model.process.prior.sample(x_0.shape)
     yield process.T, x
@@ -297,7 +300,7 @@ def evaluate(model, test_rows, num_samples, out):
 # %% 8. Command line
 def parse_options(argv):
     """Return the parsed options and the content of the checkpoint, {} if there is none."""
-    device = str(torch.accelerator.current_accelerator(True) or "cpu")  # True: if present
+    device = str(torch.accelerator.current_accelerator(True) or "cpu")  # None if absent
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--dataset", default="swiss_roll", choices=[*POINTS, *BITS, "mnist"], help="what to learn")
@@ -314,7 +317,7 @@ def parse_options(argv):
     flag("--data_dir", default="data", help="holds the 4 files of MNIST in MNIST/raw, or will")
     flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # first, only to find out the data set and the checkpoint
     path = args.resume if args.checkpoint is None else args.checkpoint
     state = {}
     if path is not None:
@@ -331,10 +334,10 @@ def parse_options(argv):
         parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
     parser.set_defaults(**options)
     args = parser.parse_args(argv)  # again, with the defaults for these data
-    least = {"num_timesteps": 1, "num_samples": 24, "seed": -1}
+    limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture has 25 digits
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not value > least.get(name, 0):
-            parser.error(f"--{name} {value}: must be above {least.get(name, 0)}")
+        if isinstance(value, (int, float)) and not value > limits.get(name, 0):
+            parser.error(f"--{name} {value}: must be above {limits.get(name, 0)}")
     return args, state
 
 
@@ -343,7 +346,7 @@ def main(argv=None):
     started = time.time()
     args, state = parse_options(argv)
     digits = args.dataset == "mnist"
-    torch.set_num_threads(torch.get_num_threads() if digits else 1)  # small ones gain nothing
+    torch.set_num_threads(torch.get_num_threads() if digits else 1)  # small networks gain nothing
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
     torch.set_default_device(args.device)
     name = args.dataset + ("" if args.checkpoint is None else "_samples")
@@ -388,12 +391,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = (
-            "allocate",
-            "state_dict",
-            "download",
-            "PytorchStreamWriter",
-        )  # failures outside this file
+        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # mistakes elsewhere
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"dpm_2015.py: error: {' '.join(str(error).split())}")

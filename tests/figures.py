@@ -3,12 +3,16 @@
 python main.py && python dpm_2015.py && python ddpm_unet.py
 python tests/figures.py               a minute after that; into images/
 python tests/figures.py FOLDER        the same from the models in FOLDER, instead of outputs
+python tests/figures.py experiments   trains the heart 13 times with something changed, and draws it
 """
 
 import gzip
+import json
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -34,10 +38,14 @@ def panels(n, height=3.2, **options):
     return figure, figure.subplots(1, n, squeeze=False, **options)[0]
 
 
-def schedules(roll_betas):
+def schedules(roll):
     """How much of the data is left at each step, and the signal-to-noise ratio, in each script."""
-    learned = dpm_2015.Gaussian(roll_betas).alpha_bars
-    heartbeat = 1 - torch.arange(1, 2001) / 2000
+    process = dpm_2015.Gaussian(roll["options"]["num_timesteps"], 1e-4, learn_betas=True)
+    names = {name.removeprefix("process."): x for name, x in roll["model"].items()}
+    process.load_state_dict(names, strict=False)
+    t = torch.arange(1, process.T + 1)
+    learned = 1 - process.q(0, 0, t).variance.detach()
+    heartbeat = dpm_2015.Binomial(2000, 0.2).alpha_bars[1:]
     curves = [
         ("main.py, T = 200", main.make_schedule(200).signal ** 2, BLUE, "-"),
         ("ddpm_unet.py, T = 1000", ddpm_unet.make_schedule(1000), ORANGE, "--"),
@@ -75,8 +83,29 @@ def heart(args, content):
     network = main.MLP(2, *sizes)
     network.load_state_dict(content["weights"])
     exact = exact_eps(schedule, x_0[::4])
+    strip(schedule, x_0, network, content["limit"])
     floor(schedule, x_0, network, exact)
     scores(schedule, network, exact)
+
+
+def strip(schedule, x_0, network, limit):
+    """The heart at six noise levels: above, noise is added; below, it is removed."""
+    T = len(schedule.betas)
+    shown = [0, T // 20, T // 8, T // 4, T // 2, T]
+    chain = main.p_sample_loop(network, schedule, (600, 2), "eps", limit)
+    reverse = {step: x for step, x in chain if step in shown}
+    x, eps = x_0[torch.randint(len(x_0), (600,))], torch.randn(600, 2)
+    figure = Figure(figsize=(10, 3.7), dpi=90, layout="constrained")
+    for row, colour in zip(figure.subplots(2, 6), (BLUE, ORANGE)):
+        for axes, step in zip(row, shown):
+            points = reverse[step]
+            if colour == BLUE:
+                points = main.q_sample(schedule, x, torch.tensor([step - 1]), eps) if step else x
+                axes.set_title(f"{step} of {T} steps", fontsize=11)
+            axes.scatter(*points.T, s=3, color=colour, linewidths=0)
+            axes.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), xticks=(), yticks=(), aspect="equal")
+        row[0].set_ylabel("data" if colour == BLUE else "samples", fontsize=11)
+    figure.savefig(OUT / "figure_strip.png")
 
 
 def floor(schedule, x_0, network, exact):
@@ -111,53 +140,6 @@ def scores(schedule, network, exact):
         title = f"step {step} of {len(schedule.betas)}"
         axes.set(title=title, xticks=(), yticks=(), aspect="equal")
     figure.savefig(OUT / "figure_score.png")
-
-
-@torch.no_grad()
-def roll(args, content):
-    """K over training, the best K for the betas that were learned, and the exact log likelihood."""
-    model = dpm_2015.Model(args, 2, 1)
-    model.load_state_dict(content["model"])
-    betas = model.double().betas()
-    (shift, scale), alpha_bars = dpm_2015.SCALING["swiss_roll"], (1 - betas).cumprod(dim=0)
-    places = ((dpm_2015.CURVE["swiss_roll"][::4] - shift) / scale).double()
-    s2 = float(dpm_2015.NOISE["swiss_roll"] / scale) ** 2
-
-    def best(x_t, t):
-        # q(x_0) is a mixture along the curve: mean and variance of x_{t-1} given x_t
-        beta, before = betas[t[0]], alpha_bars[t[0] - 1]
-        U = before * s2 + 1 - before
-        V = (1 - beta) * U + beta
-        signal, keep = before.sqrt() * places, (1 - beta).sqrt()
-        weights = (torch.cdist(x_t, keep * signal) ** 2 / (-2 * V)).softmax(dim=1)
-        first, second, gain = weights @ signal, weights @ signal**2, keep * U / V
-        mean = (1 - gain * keep) * first + gain * x_t
-        variance = U * beta / V + (1 - gain * keep) ** 2 * (second - first**2).clamp(min=0)
-        z_sigma = variance.clamp(max=1 - 1e-6).logit() - beta.logit()
-        return torch.cat(((mean - keep * x_t) / beta.sqrt(), z_sigma), dim=1)
-
-    process = dpm_2015.Gaussian(betas)
-    pairs = []  # K of the best and of the network, from the same x_0 and noise
-    for t in range(1, args.num_timesteps):
-        x_0 = dpm_2015.draw_data(args, 8000, dpm_2015.CURVE["swiss_roll"]).double()
-        draws = x_0, torch.full((8000,), t), torch.randn_like(x_0)
-        pairs.append([dpm_2015.bound(process, z, *draws)[0] for z in (best, model)])
-    Ks = torch.tensor([[K.mean() for K in pair] for pair in pairs]).mean(dim=0)
-    gaps = torch.stack([K - of_network for K, of_network in pairs])
-    error = gaps.var(dim=1).mean().div(gaps.numel()).sqrt()
-    gap = f"gap {gaps.mean():.3f} +- {error:.3f} bits"
-    print(f"swiss roll, K: best {Ks[0]:.3f}, network {Ks[1]:.3f}, {gap}")
-    process = dpm_2015.Gaussian(betas.float())
-    exact = dpm_2015.evaluate(process, model.float(), args, dpm_2015.CURVE["swiss_roll"], None)
-    training = content["Ks"][: len(content["Ks"]) // 20 * 20].view(-1, 20).mean(dim=1)
-    figure, (axes,) = panels(1)
-    steps = torch.arange(len(training)) * 20 + 10
-    axes.plot(steps, training, color=ORANGE, label="K in training, means of 20 steps")
-    axes.axhline(Ks[0], color=BLUE, linestyle="--", label="best K for the learned betas")
-    axes.axhline(exact["exact log likelihood"], color=GREY, label="exact log likelihood")
-    axes.set(xlabel="training step", ylabel="bits", ylim=(-4.2, 0))
-    axes.legend()
-    figure.savefig(OUT / "figure_K.png")
 
 
 @torch.no_grad()
@@ -204,14 +186,67 @@ def grid(rows, names, path, titles=()):
     figure.savefig(OUT / path)
 
 
+# Each experiment: a title, options of main.py, and what to write in place of what in its source
+POSTERIOR = '"posterior_std": (betas * (1 - alpha_bars_prev) / (1 - alpha_bars)).sqrt(),'
+SINES = """        if x_t.shape[1] == 2:  # the shortest wave, 2 pi / 25 = 0.25 long, shows fine detail
+            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]
+"""
+EXPERIMENTS = [
+    ("T = 20", "--num_timesteps 20", {}),
+    ("T = 50", "--num_timesteps 50", {}),
+    ("T = 200: the default", "", {}),
+    ("T = 1000", "--num_timesteps 1000", {}),
+    ("x_T is not noise", "", {" * 1000 / T\n": "\n"}),
+    (
+        "raw coordinates",
+        "",
+        {"2 * embedding_size if data_dim == 2 else data_dim": "data_dim", SINES: ""},
+    ),
+    ("predict x_0", "--predict x_0", {}),
+    (
+        "beta for beta tilde",
+        "",
+        {POSTERIOR: '"posterior_std": betas.sqrt() * (alpha_bars_prev < 1),'},
+    ),
+    ("width 16", "--hidden_size 16", {}),
+    ("width 32", "--hidden_size 32", {}),
+    ("learning rate 0.005", "--learning_rate 5e-3", {}),
+    ("learning rate 0.02", "--learning_rate 2e-2", {}),
+    ("learning rate 0.1", "--learning_rate 1e-1", {}),
+]
+
+
+def experiments(folder):
+    """Train the heart once for each experiment, unless that is done, and draw all samples."""
+    figure = Figure(figsize=(10, 8.4), dpi=90, layout="constrained")
+    panels = figure.subplots(3, 5).flat
+    for axes, (title, options, changes) in zip(panels, EXPERIMENTS):
+        out = folder / title.replace(" ", "_").replace(":", "")
+        source = (ROOT / "main.py").read_text()
+        for old, new in changes.items():
+            assert source.count(old) == 1, f"main.py has changed: {old}"
+            source = source.replace(old, new)
+        if not (out / "run.json").exists():
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "changed.py").write_text(source)
+            command = [sys.executable, out / "changed.py", "--output_dir", out, *options.split()]
+            subprocess.run(command, check=True)
+        distance = json.loads((out / "run.json").read_text())["energy distance"]
+        axes.scatter(*np.load(out / "samples.npy")[:1000].T, s=2, color=ORANGE, linewidths=0)
+        axes.set(xlim=(-5, 5), ylim=(-5, 5), xticks=(), yticks=(), aspect="equal")
+        axes.set_title(f"{title}\n{distance:.4f}", fontsize=11)
+    for axes in panels:
+        axes.axis("off")
+    figure.savefig(OUT / "figure_experiments.png")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["experiments"]:
+        sys.exit(experiments(ROOT / "outputs" / "experiments"))
     outputs = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs")
-    roll_args, roll_content = load(dpm_2015, outputs / "dpm_2015_swiss_roll" / "model.pt")
-    model = dpm_2015.Model(roll_args, 2, 1)
-    model.load_state_dict(roll_content["model"])
     torch.manual_seed(0)
-    schedules(model.betas().detach())
+    path = outputs / "dpm_2015_swiss_roll" / "model.pt"
+    schedules(torch.load(path, map_location="cpu", weights_only=True))
     heart(*load(main, outputs / "heart" / "model.pt"))
-    roll(roll_args, roll_content)
     path = outputs / "ddpm_unet_mnist" / "model.pt"
     unet(torch.load(path, map_location="cpu", weights_only=True))
