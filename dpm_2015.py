@@ -40,7 +40,7 @@ def swiss_roll():
     return spiral + 0.25 * torch.randn(100_000, 2)
 
 
-POINTS = {"swiss_roll": swiss_roll}
+POINTS = {"swiss_roll": swiss_roll}  # functions that return far more than 10,000 points (N, 2)
 BITS = {"heartbeat": torch.eye(5).repeat(1, 4)}  # 5 examples (5, 20): a pulse in every fifth bit
 
 
@@ -52,6 +52,7 @@ def load_data(dataset, data_dir):
         return x, x, 0.0, 1.0
     if dataset in POINTS:
         x = POINTS[dataset]()
+        x = x[torch.randperm(len(x))]  # the last 10,000 will be for testing
     else:
         from torchvision.datasets import MNIST
 
