@@ -1,6 +1,6 @@
 """Deep Unsupervised Learning using Nonequilibrium Thermodynamics: the first diffusion model.
 
-Its forward process turns data into noise in T small steps. A network learns to undo them: it
+Its forward process turns data into noise in T small steps. A network learns to undo them: training
 maximises K, a lower bound on log p(data), in bits. Paper: https://arxiv.org/abs/1503.03585.
 
     python dpm_2015.py                        swiss roll, in two minutes
@@ -64,6 +64,8 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
+# Steps of q are reversible: prior(a) q(b | a) = prior(b) q(a | b). So p(x_{t-1} | x_t) begins as a
+# step of q, which is right for data that are like the prior, and the network's z changes it.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -79,20 +81,19 @@ class Gaussian(nn.Module):
         log_alphas = nn.functional.logsigmoid(self.log_odds).diff()  # log(1 - beta_t), t = 2..T
         betas = -torch.expm1(log_alphas)
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
-        # beta_0 is 0. beta_1 is fixed: data without noise would drive it to 0, and K to infinity.
+        # beta_0 is 0. beta_1 is fixed, because -H_q(x_1 | x_0) in K grows as it falls to 0.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # alpha_bar_t = prod of 1 - beta
         log_alpha = log_alpha_bars[t] - log_alpha_bars[s]
-        return Normal(
-            (log_alpha / 2).exp() * x, (-torch.expm1(log_alpha)).sqrt()
-        )  # variance 1 - alpha
+        stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise for small steps
+        return Normal((log_alpha / 2).exp() * x, stddev)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule adds precisions, 1 / variance, and precisions times means. As a function of
-        # x_{t-1}, a step has the precision (1 - beta) / beta; times mean, sqrt(1 - beta) x_t / beta.
+        # Bayes' rule adds precisions, 1 / variance, and precisions times means. For a step, seen
+        # as a function of x_{t-1}, they are (1 - beta) / beta and sqrt(1 - beta) x_t / beta.
         before, beta = self.q(x_0, 0, t - 1), self.q(x_t, t - 1, t).variance
         variance = 1 / (1 / before.variance + (1 - beta) / beta)
         mean = variance * (before.mean / before.variance + (1 - beta).sqrt() * x_t / beta)
@@ -101,7 +102,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # deviation from eq. 65, where z = 0 is no step of q
+        mu = step.mean + step.stddev * z_mu  # not (x_t - z_mu) (1 - variance) + z_mu, eq. 65
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -141,15 +142,14 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return K (B,), eq. 14, in bits for each x_0 (B, D), estimated at one random t (B, 1), and t.
 
-    Jensen: log p(x_0) >= E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)). On average over data,
+    K = -sum_{t=2}^T KL(posterior || p(x_{t-1} | x_t)) + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
+    is, on average over data, Jensen's bound E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)):
+    - t >= 2: q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0), by Bayes.
+      This gives T - 1 KLs, and ratios that telescope to q(x_1 | x_0) / q(x_T | x_0) in p / q;
     - p(x_T) gives -H_p(x_T), as data and prior have the same mean square (or, for bits, mean);
-    - t = 1 gives 0: p(x_0 | x_1) is fixed, a step of q (eq. 44). q is reversible, prior(a) q(b | a)
-      = prior(b) q(a | b), so p / q is prior(x_0) / prior(x_1), whose logarithm has the mean 0;
-    - t >= 2 give T - 1 KLs (here, one stands for all), as q(x_t | x_{t-1}) is by Bayes' rule
-      q(x_{t-1} | x_t, x_0) times q(x_t | x_0) / q(x_{t-1} | x_0). These ratios cancel but for
-      1 / q(x_T | x_0), which gives H_q(x_T | x_0), and q(x_1 | x_0), which gives -H_q(x_1 | x_0).
-    Before training, z = 0, and all t are like t = 1: K is L_null, the log likelihood of the data
-    under the prior.
+    - t = 1 gives 0: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, p / q is
+      prior(x_0) / prior(x_1), whose logarithm has the mean 0.
+    Before training (z = 0), this is so for all t: K is L_null, the log likelihood under the prior.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -204,9 +204,9 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws from the prior into data. Yield (T, x_T), ..., (0, x_0), each x (B, D).
 
-    Inpainting: where known (D,) is true, x ends as the given x_0. Deviation from section 2.5: until
-    then, the known part is as noisy as the rest, and each step is taken several times, so that the
-    rest can adapt to it (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
+    Inpainting: where known (D,) is true, x ends as the given x_0. Deviation: section 2.5 holds this
+    part at x_0 for all t; here it is as noisy as the rest, and each step is taken several times, so
+    that the rest can adapt (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
     """
     process, x = model.process, model.process.prior.sample(x_0.shape)
     yield process.T, x
@@ -392,7 +392,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # mistakes elsewhere
+        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # not bugs here
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"dpm_2015.py: error: {' '.join(str(error).split())}")
