@@ -105,7 +105,10 @@ def dpm():
     bits = parzen(curve, test_rows, 0.25 / scale)  # the data are this mixture of normal densities
     yield "exact log likelihood of the swiss roll, bits", f"{bits:.2f}"
     samples = [(torch.from_numpy(x) - shift) / scale for x in samples]
-    yield "its samples, sliced W2 to the swiss roll", spread([sliced_w2(x, rows) for x in samples], 4)
+    yield (
+        "its samples, sliced W2 to the swiss roll",
+        spread([sliced_w2(x, rows) for x in samples], 4),
+    )
     real = [sliced_w2(x, rows) for x in rows.split(10_000)[:8]]
     yield "as many random points of the swiss roll", spread(real, 4)
     distances = [torch.cdist(x, curve).min(dim=1)[0].mean().item() for x in (*samples, test_rows)]

@@ -188,9 +188,10 @@ def grid(rows, names, path, titles=()):
 
 # Each experiment: a title, options of main.py, and what to write in place of what in its source
 POSTERIOR = '"posterior_std": (betas * (1 - alpha_bars_prev) / (1 - alpha_bars)).sqrt(),'
-SINES = """        if x_t.shape[1] == 2:  # the shortest wave, 2 pi / 25 = 0.25 long, shows fine detail
-            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]
-"""
+SINES = (
+    "        if x_t.shape[1] == 2:  # the shortest wave, 2 pi / 25 = 0.25 long, shows fine detail\n"
+    "            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]\n"
+)
 EXPERIMENTS = [
     ("T = 20", "--num_timesteps 20", {}),
     ("T = 50", "--num_timesteps 50", {}),
