@@ -168,19 +168,20 @@ def bound(model, x_0):
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
-    For each number, 4 features see all of x_t. They and the number feed 16 units, shared by all.
+    For each number, some features see all of x_t. They and the number feed units, shared by all.
     Deviation: the paper has radial basis functions for points and sigmoids for bits.
     """
 
-    def __init__(self, process, D, H):
+    def __init__(self, process, D, H, features=4):
         super().__init__()
         self.process = process
         layers = []
         for inputs in (D, H, H):
             layers += [nn.Linear(inputs, H), nn.LayerNorm(H), nn.GELU()]
-        self.dense = nn.Sequential(*layers, nn.Linear(H, 4 * D), nn.Unflatten(1, (D, 4)))
-        self.units = nn.Sequential(nn.Linear(5, 16), nn.GELU())
-        self.read_out = nn.Linear(16, 10 * process.z_per_x)
+        layers += [nn.Linear(H, D * features), nn.Unflatten(1, (D, features))]
+        self.dense = nn.Sequential(*layers)
+        self.units = nn.Sequential(nn.Linear(features + 1, 4 * features), nn.GELU())
+        self.read_out = nn.Linear(4 * features, 10 * process.z_per_x)
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
         # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1. They are evenly spaced
@@ -192,7 +193,7 @@ class Model(nn.Module):
     def forward(self, x_t, t):
         """Return z (B, D), or z_mu and z_sigma (B, 2 D), for x_t (B, D) and t (B, 1)."""
         B, D = x_t.shape
-        h = torch.cat((self.dense(x_t), x_t[:, :, None]), dim=2)  # (B, D, 5)
+        h = torch.cat((self.dense(x_t), x_t[:, :, None]), dim=2)  # (B, D, features + 1)
         y = self.read_out(self.units(h)).view(B, -1, 10)  # (B, D or 2 D, 10)
         g = self.temporal_basis[t[:, 0] - 1]  # (B, 10)
         z = y @ g[:, :, None]  # eq. 62: z = sum_j g_j(t) y_j
@@ -363,7 +364,7 @@ def main(argv=None):
         process = Binomial(args.num_timesteps, m=rows.mean().item())
     else:
         process = Gaussian(args.num_timesteps, 1e-5 if digits else 1e-4, learn_betas=not digits)
-    model = Model(process, rows.shape[1], args.hidden_size)
+    model = Model(process, rows.shape[1], args.hidden_size, features=4 if digits else 8)
     if state:
         model.load_state_dict(state["model"])
     if args.checkpoint is None:
