@@ -212,11 +212,11 @@ def p_sample_loop(model, x_0, known, passes):
     process, x = model.process, model.process.prior.sample(x_0.shape)
     yield process.T, x
     for t in range(process.T, 0, -1):
-        ts = torch.full((len(x), 1), t)
         for k in range(passes if t > 1 else 1):
             if k > 0:
                 x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} back to x_t
-            z = model(x, ts) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
+            zs = [model(part, torch.full((len(part), 1), t)) for part in x.split(250)]  # quicker
+            z = torch.cat(zs) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
             x = process.sample(process.p_reverse(z, x, t))  # from x_t to x_{t-1}
             x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)
         yield t - 1, x
