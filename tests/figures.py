@@ -85,7 +85,7 @@ def heart(args, content):
     exact = exact_eps(schedule, x_0[::4])
     strip(schedule, x_0, network, content["limit"])
     floor(schedule, x_0, network, exact)
-    scores(schedule, network, exact)
+    scores(schedule, network, exact, x_0)
 
 
 def strip(schedule, x_0, network, limit):
@@ -119,26 +119,30 @@ def floor(schedule, x_0, network, exact):
         for model, losses in zip((network, exact), found.values()):
             losses.append((eps - model(x_t, t)).square().mean())
     figure, (axes,) = panels(1)
-    for (name, losses), colour in zip(found.items(), (ORANGE, BLUE)):
-        axes.plot([step + 1 for step in steps], losses, color=colour, label=name)
+    for (name, losses), look in zip(found.items(), ("o", "-")):
+        colour = ORANGE if look == "o" else BLUE
+        axes.plot([step + 1 for step in steps], losses, look, color=colour, ms=4, label=name)
     axes.set(xlabel="noise steps", ylabel="squared error of eps, per number")
     axes.legend()
     figure.savefig(OUT / "figure_floor.png")
 
 
-def scores(schedule, network, exact):
-    """Arrows at a grid of points, at three steps: the score times the variance of the noise."""
-    side = torch.linspace(-2.6, 2.6, 20)
-    points = torch.cartesian_prod(side, side)  # (400, 2)
-    look = {"width": 0.003, "angles": "xy", "scale_units": "xy", "scale": 5}
-    figure, row = panels(3, height=3.6)
-    for axes, step in zip(row, (10, 40, 100)):
-        t = torch.full((len(points),), step - 1)
-        for model, colour in ((exact, BLUE), (network, ORANGE)):
+def scores(schedule, network, exact, x_0):
+    """Arrows over the noisy heart at three steps: the score times the variance of the noise."""
+    side = torch.linspace(-2.6, 2.6, 16)
+    points = torch.cartesian_prod(side, side)  # (256, 2)
+    look = {"width": 0.004, "angles": "xy", "scale_units": "xy", "scale": 4}
+    figure = Figure(figsize=(10, 6.8), dpi=90, layout="constrained")
+    for row, model, name in zip(figure.subplots(2, 3), (exact, network), ("exact", "the network")):
+        row[0].set_ylabel(name, fontsize=12)
+        for axes, step in zip(row, (5, 20, 60)):
+            x_t = main.q_sample(schedule, x_0[::4], torch.tensor([step - 1]), torch.randn(2000, 2))
+            axes.scatter(*x_t.T, s=2, color=BLUE, alpha=0.3, linewidths=0)
+            t = torch.full((len(points),), step - 1)
             move = -model(points, t) * schedule.noise_std[t, None]
-            axes.quiver(*points.T, *move.T, color=colour, **look)
-        title = f"step {step} of {len(schedule.betas)}"
-        axes.set(title=title, xticks=(), yticks=(), aspect="equal")
+            axes.quiver(*points.T, *move.T, color=GREY if model is exact else ORANGE, **look)
+            axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), xticks=(), yticks=(), aspect="equal")
+            axes.set_title(f"step {step} of {len(schedule.betas)}", fontsize=12)
     figure.savefig(OUT / "figure_score.png")
 
 
