@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
 
-Distribution.set_default_validate_args(False)  # so that a variance may be 0
+Distribution.set_default_validate_args(False)  # q(x, t, t) has the variance 0
 
 
 # %% 1. Data
@@ -69,7 +69,7 @@ def load_data(dataset, data_dir):
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
-    sample = staticmethod(Normal.rsample)  # sample(q(...)) draws; gradients reach the betas
+    sample = staticmethod(Normal.rsample)  # draws from q or p; gradients reach the betas
     z_per_x = 2  # the network returns z_mu and z_sigma
 
     def __init__(self, T, beta_1, learn_betas):
@@ -81,7 +81,7 @@ class Gaussian(nn.Module):
         log_alphas = nn.functional.logsigmoid(self.log_odds).diff()  # log(1 - beta_t), t = 2..T
         betas = -torch.expm1(log_alphas)
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
-        # beta_0 is 0. beta_1 is fixed, because -H_q(x_1 | x_0) in K grows as it falls to 0.
+        # beta_0 is 0. beta_1 is fixed, as in the paper, to prevent overfitting.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
@@ -102,7 +102,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # not (x_t - z_mu) (1 - variance) + z_mu, eq. 65
+        mu = step.mean + step.stddev * z_mu  # deviation: eq. 65 is no step of q for z = 0
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -120,7 +120,7 @@ class Binomial(nn.Module):
         self.prior = Bernoulli(m)  # p(x_T), of one bit
         alpha_bars = 1 - torch.arange(T + 1) / T  # so beta_t = 1 / (T - t + 1)
         self.register_buffer("alpha_bars", alpha_bars)
-        self.log_odds = alpha_bars[1:].logit().clamp(min=-8)  # for the network's bumps
+        self.log_odds = alpha_bars[1:].logit().clamp(min=-8)  # for Model's temporal_basis
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
@@ -140,16 +140,16 @@ class Binomial(nn.Module):
 
 # %% 3. The bound: what training maximises
 def bound(model, x_0):
-    """Return K (B,), eq. 14, in bits for each x_0 (B, D), estimated at one random t (B, 1), and t.
+    """Return K (B,) in bits for each x_0 (B, D), and the random t (B, 1) that estimates it: eq. 14.
 
-    K = -sum_{t=2}^T KL(posterior || p(x_{t-1} | x_t)) + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
+    K = -sum_{t=2}^T E KL(posterior || p_reverse) + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
     is, on average over data, Jensen's bound E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)):
     - t >= 2: q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0), by Bayes.
       This gives T - 1 KLs, and ratios that telescope to q(x_1 | x_0) / q(x_T | x_0) in p / q;
     - p(x_T) gives -H_p(x_T), as data and prior have the same mean square (or, for bits, mean);
     - t = 1 gives 0: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, p / q is
       prior(x_0) / prior(x_1), whose logarithm has the mean 0.
-    Before training (z = 0), this is so for all t: K is L_null, the log likelihood under the prior.
+    If z = 0, all t have such ratios. Their product with p(x_T) is prior(x_0), so that K is L_null.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -168,7 +168,7 @@ def bound(model, x_0):
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
-    For each number, some features see all of x_t. They and the number feed units, shared by all.
+    Each number gets features that see all of x_t; these and the number go through the same units.
     Deviation: the paper has radial basis functions for points and sigmoids for bits.
     """
 
@@ -184,8 +184,8 @@ class Model(nn.Module):
         self.read_out = nn.Linear(4 * features, 10 * process.z_per_x)
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
-        # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1. They are evenly spaced
-        # in the log-odds of alpha_bar. Deviation: for bits, this is not evenly in t.
+        # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1, evenly spaced in the
+        # (first) log-odds of alpha_bar. Deviation: the paper spaces them in t. For bits, that differs.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
@@ -215,7 +215,7 @@ def p_sample_loop(model, x_0, known, passes):
         for k in range(passes if t > 1 else 1):
             if k > 0:
                 x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} back to x_t
-            zs = [model(part, torch.full((len(part), 1), t)) for part in x.split(250)]  # quicker
+            zs = [model(part, torch.full((len(part), 1), t)) for part in x.split(250)]  # cache size
             z = torch.cat(zs) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
             x = process.sample(process.p_reverse(z, x, t))  # from x_t to x_{t-1}
             x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)
@@ -376,7 +376,7 @@ def main(argv=None):
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())
     np.save(out / "inpainted.npy", (y * scale + shift).cpu())
-    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]
+    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]  # unscaled
     facts = {
         "options": vars(args),
         "figures": figures,
