@@ -185,7 +185,7 @@ class Model(nn.Module):
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
         # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1, evenly spaced in the
-        # first log-odds of alpha_bar. Deviation: the paper spaces them in t; for bits, that differs.
+        # first log-odds of alpha_bar. Deviation for bits: the paper spaces them evenly in t.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
