@@ -223,9 +223,9 @@ EXPERIMENTS = [
 
 def experiments(folder):
     """Train the heart once for each experiment, unless that is done, and draw all samples."""
-    figure = Figure(figsize=(10, 8.4), dpi=90, layout="constrained")
+    figure = Figure(figsize=(10, 6.9), dpi=90, layout="constrained")
     panels = figure.subplots(3, 5).flat
-    for axes, (title, options, changes) in zip(panels, EXPERIMENTS):
+    for (title, options, changes), axes in zip(EXPERIMENTS, panels):
         out = folder / title.replace(" ", "_").replace(":", "")
         source = (ROOT / "main.py").read_text()
         for old, new in changes.items():
