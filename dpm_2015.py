@@ -285,7 +285,7 @@ def evaluate(model, test_rows, num_samples, out):
         if t % max(1, T // 40) == 0:
             frames.append(draw(f"{t} steps left", x))
     imageio.mimsave(out / "process.gif", frames + 20 * frames[-1:], duration=100, loop=0)
-    imageio.imwrite(out / "samples.png", frames[-1])
+    imageio.imwrite(out / "samples.png", draw("samples", x))
     x_0 = test_rows[torch.randint(len(test_rows), (200,))]
     known = torch.arange(D) < D / 2
     for _, y in tqdm(p_sample_loop(model, x_0, known, passes=10), "inpainting", T + 1):
