@@ -9,7 +9,7 @@ New data come from fresh noise, by undoing all steps. Paper: https://arxiv.org/a
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
 Each training example is one point or one digit, never a picture of the whole heart.
-x_0 is data, x_T is noise. The paper counts t = 1..T and we count 0..T-1: our t = 0 gives its x_1.
+x_0 is data, x_T is noise. Our t counts 0..T-1: what the code calls x_t is the paper's x_{t+1}.
 B is the batch size and D the length of an example: 2 for points, 28 * 28 = 784 for digits.
 """
 
@@ -53,7 +53,7 @@ def standardise(data):
     """Return (x_0, shift, scale) with x_0 = (data - shift) / scale, given data (N, D)."""
     if data.shape[1] == 784:
         shift = scale = torch.tensor(127.5)  # from 0..255 to -1..1, as in section 3.3
-    else:  # mean 0 and average variance 1, like the noise: then x_t has them for every t
+    else:  # mean 0 and average variance 1, like the noise: so x_t keeps both
         shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
@@ -65,13 +65,13 @@ def make_schedule(T):
     # 1000 / T makes x_T noise also if T is not 1000. float64 is accurate, but Apple GPUs lack it.
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
     betas = betas.clamp(max=0.999)  # T = 20 would end with 1, and p_sample would divide by 0
-    alpha_bars = (1 - betas).cumprod(dim=0)  # the data's share; often called alphas_cumprod
+    alpha_bars = (1 - betas).cumprod(dim=0)  # of alphas, 1 - beta; often called alphas_cumprod
     alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)
     schedule = {
         "betas": betas,
         "signal": alpha_bars.sqrt(),  # x_t = signal x_0 + noise_std eps, eq. 4
         "noise_std": (1 - alpha_bars).sqrt(),
-        "posterior_std": (betas * (1 - alpha_bars_prev) / (1 - alpha_bars)).sqrt(),
+        "posterior_std": (betas * (1 - alpha_bars_prev) / (1 - alpha_bars)).sqrt(),  # eq. 7
     }
     device = torch.get_default_device()
     return SimpleNamespace(**{name: x.float().to(device) for name, x in schedule.items()})
@@ -122,7 +122,7 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). For eps it is L_simple, eq. 14.
 
     It drops the weights beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) of the bound (eq. 12),
-    which stress noise too weak to see. Digits need x_0: an MLP cannot pass on 784 values of noise.
+    which are large for small t. Digits need x_0: 784 values of noise do not fit through an MLP.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -134,13 +134,13 @@ def loss_simple(model, schedule, x_0, predict):
 
 # %% 6. Sampling
 def p_sample(model, schedule, x_t, step, predict, limit):
-    """Take one step of Algorithm 2: from x_t (B, D) draw x_{t-1}, with a little less noise."""
+    """Take one step of Algorithm 2: from x_t (B, D) draw x_{t-1}, or data if step is 0."""
     beta = schedule.betas[step]
     signal = schedule.signal[step]
     noise_std = schedule.noise_std[step]
     output = model(x_t, torch.full((len(x_t),), step))
     x_0_hats = {"eps": (x_t - noise_std * output) / signal, "x_0": output}  # eq. 15
-    # At large t, a small error of eps_hat is a large one of x_0_hat. So clip it to the data.
+    # At large t, signal is small: to divide by it magnifies errors. So clip to the data's range.
     x_0_hat = x_0_hats[predict].clamp(-limit, limit)
     eps_hat = (x_t - signal * x_0_hat) / noise_std
     mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4; eq. 7's mean at x_0_hat
@@ -367,8 +367,8 @@ def main(argv=None):
     else:
         if (out / "model.pt").exists():
             print("The earlier model is now", (out / "model.pt").replace(out / "model.old.pt"))
-        sizes = (args.num_epochs, args.train_batch_size, args.learning_rate)
-        train(model, schedule, x_0, config, out, *sizes)
+        settings = (args.num_epochs, args.train_batch_size, args.learning_rate)
+        train(model, schedule, x_0, config, out, *settings)
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = animate(model, schedule, config, out, args.eval_batch_size, args.show_image_step)
     samples = (x * config["scale"] + config["shift"]).cpu()
