@@ -9,7 +9,7 @@ Small steps towards its guesses turn noise into an image. Paper: https://arxiv.o
     torchrun --nproc_per_node=4 ddpm_unet.py                the same on four GPUs
 
 x_0 is data, x_T is noise, as in the paper. Tables begin at 0: alpha_bars[0] is its alpha_bar_1.
-Images are (B, C, H, W): B in a batch, C = 1 for grey or 3 for colour. Labels are (B,).
+Images are (B, C, H, W): B in a batch, C = 1 (grey) or 3; in the U-Net, C is a width.
 """
 
 import json
@@ -67,11 +67,11 @@ def load_images(dataset, data_dir, size):
 
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
-    """Return alpha_bars (T,): the share of x_0 in x_t's variance. Elsewhere: alphas_cumprod."""
+    """Return alpha_bars (T,): the share of x_0 in x_t's variance. Others: alphas_cumprod."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
     # 1000 / T makes x_T noise also if T is not the paper's 1000. float64 is accurate.
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
-    return (1 - betas.clamp(max=0.999)).cumprod(dim=0)  # T = 20 would end with 1 and alpha_bar 0
+    return (1 - betas.clamp(max=0.999)).cumprod(dim=0)  # for T = 20, the last beta would be 1
 
 
 def q_sample(x_0, alpha_bar, eps):
@@ -81,7 +81,7 @@ def q_sample(x_0, alpha_bar, eps):
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     """Return mean and variance of q(x_{t-1} | x_t, x_0): x_{t-1} if we know x_0 (eq. 6 and 7)."""
-    alpha = alpha_bar / alpha_bar_prev  # of all steps in between, if the sampler skips some
+    alpha = alpha_bar / alpha_bar_prev  # their product, if the sampler skips steps
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)  # beta_tilde_t
@@ -115,7 +115,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels, num_classes, num_timesteps, base_channels, channel_mults):
         super().__init__()
-        E = 4 * base_channels
+        E = 4 * base_channels  # width of temb, the embedding of t and label
         widths = [base_channels * mult for mult in channel_mults]  # from large images to small
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
@@ -136,7 +136,7 @@ class UNet(nn.Module):
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
-        angles = t[:, None] * self.frequencies  # (B, E / 2), for every T as for 1000
+        angles = t[:, None] * self.frequencies  # (B, E / 2): t, counted as if T were 1000
         temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1))
         temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
         h = self.first(x_t)  # (B, widths[0], H, W)
@@ -144,10 +144,10 @@ class UNet(nn.Module):
         for block in self.downs:
             h = block(h, temb)
             skips.append(h)
-            h = F.avg_pool2d(h, 2)
+            h = F.avg_pool2d(h, 2)  # half of H and W
         h = self.middle_1(h, temb)
-        pixels = F.group_norm(h, 8).flatten(2).mT  # (B, H W, C)
-        h = h + self.attention(pixels, pixels, pixels)[0].mT.reshape(h.shape)  # of all pixels
+        pixels = F.group_norm(h, 8).flatten(2).mT  # (B, H W, C): each attends to all
+        h = h + self.attention(pixels, pixels, pixels)[0].mT.reshape(h.shape)
         h = self.middle_2(h, temb)
         for block in reversed(self.ups):
             skip = skips.pop()
@@ -169,14 +169,14 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 # %% 5. Sampling
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2. Line 4 is to draw from eq. 7, with x_0_hat in place of x_0."""
+    """Take one step of Algorithm 2. Line 4 draws from eq. 6, with x_0_hat in place of x_0."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take one step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 with sigma_t = 0."""
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # fits the clamped x_0_hat
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after clamping
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 
@@ -193,7 +193,7 @@ def predict_noise(net, x_t, t, labels):
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
     steps = torch.linspace(len(alpha_bars) - 1, 0, num_steps, device="cpu").round().long().flip(0)
-    visited = [1.0, *alpha_bars[steps].tolist()]  # visited[k + 1] is that of steps[k]
+    visited = [1.0, *alpha_bars[steps].tolist()]  # of data, of steps[0], of steps[1], ...
     no_labels = torch.full_like(labels, net.no_label)
     for k in reversed(range(num_steps)):
         alpha_bar_prev, alpha_bar = visited[k : k + 2]
@@ -393,7 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download", "unexpected pos"  # no mistakes of this file
+        words = "allocate", "state_dict", "download", "unexpected pos"  # not bugs of this file
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"ddpm_unet.py: error: {' '.join(str(error).split())}")
