@@ -4,7 +4,7 @@ Its forward process turns data into noise in T small steps. A network learns to 
 maximises K, a lower bound on log p(data), in bits. Paper: https://arxiv.org/abs/1503.03585.
 
     python dpm_2015.py                        swiss roll, in two minutes
-    python dpm_2015.py --dataset heartbeat    binary sequences, in five minutes
+    python dpm_2015.py --dataset heartbeat    binary sequences, in six minutes
     python dpm_2015.py --dataset mnist        handwritten digits, in an hour
 
 Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
