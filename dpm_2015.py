@@ -304,7 +304,7 @@ def parse_options(argv):
     """Return the parsed options and the content of the checkpoint, {} if there is none."""
     device = str(torch.accelerator.current_accelerator(True) or "cpu")  # None if absent
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    flag = parser.add_argument
+    parser.usage, flag = "dpm_2015.py [options]", parser.add_argument
     flag("--dataset", default="swiss_roll", choices=[*POINTS, *BITS, "mnist"], help="what to learn")
     flag("--num_timesteps", type=int, default=40, help="number of diffusion steps T")
     flag("--hidden_size", type=int, default=64, help="width of the network")
