@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
 
-Distribution.set_default_validate_args(False)  # q(x, t, t) has the variance 0
+Distribution.set_default_validate_args(False)  # q(x, 0, 0) has the variance 0
 
 
 # %% 1. Data
@@ -102,7 +102,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # deviation: eq. 65 is no step of q for z = 0
+        mu = step.mean + step.stddev * z_mu  # deviation: in eq. 65, z = 0 gives no step of q
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -140,7 +140,7 @@ class Binomial(nn.Module):
 
 # %% 3. The bound: what training maximises
 def bound(model, x_0):
-    """Return K (B,) in bits for each x_0 (B, D), and the random t (B, 1) that estimates it: eq. 14.
+    """Return K (B,) in bits for each x_0 (B, D), and the random t (B, 1) used for it: eq. 14.
 
     K = -sum_{t=2}^T E KL(posterior || p_reverse) + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
     is, on average over data, Jensen's bound E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)):
@@ -149,7 +149,7 @@ def bound(model, x_0):
     - p(x_T) gives -H_p(x_T), as data and prior have the same mean square (or, for bits, mean);
     - t = 1 gives 0: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, p / q is
       prior(x_0) / prior(x_1), whose logarithm has the mean 0.
-    If z = 0, all t have such ratios. Their product with p(x_T) is prior(x_0), so that K is L_null.
+    If z = 0, all t have such ratios. Their product with p(x_T) is prior(x_0); K is its log, L_null.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -185,7 +185,7 @@ class Model(nn.Module):
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
         # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1, evenly spaced in the
-        # first log-odds of alpha_bar. Deviation for bits: the paper spaces them evenly in t.
+        # initial log-odds of alpha_bar. Deviation for bits: the paper spaces them evenly in t.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
@@ -215,7 +215,7 @@ def p_sample_loop(model, x_0, known, passes):
         for k in range(passes if t > 1 else 1):
             if k > 0:
                 x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} back to x_t
-            zs = [model(part, torch.full((len(part), 1), t)) for part in x.split(250)]  # cache size
+            zs = [model(part, torch.full((len(part), 1), t)) for part in x.split(250)]  # for cache
             z = torch.cat(zs) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
             x = process.sample(process.p_reverse(z, x, t))  # from x_t to x_{t-1}
             x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)
