@@ -76,7 +76,7 @@ class Gaussian(nn.Module):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        # At first, the log-odds of alpha_bar_t fall in equal steps; alpha_bar_T is 0.001.
+        # At first, the log-odds of alpha_bar_t fall in equal steps; alpha_bar_T is about 0.001.
         self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)
         log_alphas = nn.functional.logsigmoid(self.log_odds).diff()  # log(1 - beta_t), t = 2..T
         betas = -torch.expm1(log_alphas)
@@ -118,16 +118,15 @@ class Binomial(nn.Module):
         self.T = T
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
-        alpha_bars = 1 - torch.arange(T + 1) / T  # so beta_t = 1 / (T - t + 1)
-        self.register_buffer("alpha_bars", alpha_bars)
-        self.log_odds = alpha_bars[1:].logit().clamp(min=-8)  # for Model's temporal_basis
+        self.register_buffer("alpha_bars", 1 - torch.arange(T + 1) / T)  # beta_t = 1 / (T - t + 1)
+        self.log_odds = self.alpha_bars[1:].logit().clamp(min=-8)  # for Model's temporal_basis
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
         return Bernoulli(alpha * x + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule adds log-odds of x_{t-1} = 1: those given x_0, and those that x_t adds.
+        # Bayes' rule adds log-odds of x_{t-1} = 1: those given x_0, and what x_t says of it.
         before = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
@@ -143,7 +142,7 @@ def bound(model, x_0):
     """Return K (B,) in bits for each x_0 (B, D), and the random t (B, 1) used for it: eq. 14.
 
     K = -sum_{t=2}^T E KL(posterior || p_reverse) + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
-    is, on average over data, Jensen's bound E_q log(p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)):
+    is, on average over data, E_q log(p(x_0..x_T) / q(x_1..x_T | x_0)) <= log p(x_0), by Jensen:
     - t >= 2: q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0), by Bayes.
       This gives T - 1 KLs, and ratios that telescope to q(x_1 | x_0) / q(x_T | x_0) in p / q;
     - p(x_T) gives -H_p(x_T), as data and prior have the same mean square (or, for bits, mean);
@@ -178,8 +177,7 @@ class Model(nn.Module):
         layers = []
         for inputs in (D, H, H):
             layers += [nn.Linear(inputs, H), nn.LayerNorm(H), nn.GELU()]
-        layers += [nn.Linear(H, D * features), nn.Unflatten(1, (D, features))]
-        self.dense = nn.Sequential(*layers)
+        self.dense = nn.Sequential(*layers, nn.Linear(H, D * features))
         self.units = nn.Sequential(nn.Linear(features + 1, 4 * features), nn.GELU())
         self.read_out = nn.Linear(4 * features, 10 * process.z_per_x)
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
@@ -193,7 +191,7 @@ class Model(nn.Module):
     def forward(self, x_t, t):
         """Return z (B, D), or z_mu and z_sigma (B, 2 D), for x_t (B, D) and t (B, 1)."""
         B, D = x_t.shape
-        h = torch.cat((self.dense(x_t), x_t[:, :, None]), dim=2)  # (B, D, features + 1)
+        h = torch.cat((self.dense(x_t).view(B, D, -1), x_t[:, :, None]), dim=2)  # features, x_t
         y = self.read_out(self.units(h)).view(B, -1, 10)  # (B, D or 2 D, 10)
         g = self.temporal_basis[t[:, 0] - 1]  # (B, 10)
         z = y @ g[:, :, None]  # eq. 62: z = sum_j g_j(t) y_j
@@ -205,17 +203,18 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws from the prior into data. Yield (T, x_T), ..., (0, x_0), each x (B, D).
 
-    Inpainting: where known (D,) is true, x ends as the given x_0. Deviation: section 2.5 holds this
-    part at x_0 for all t; here it is as noisy as the rest, and each step is taken several times, so
-    that the rest can adapt (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
+    Inpainting: x ends as x_0 where known (D,) is true. Deviation: in section 2.5, this part is x_0
+    all the time. Here it is as noisy as the rest, and each step is taken several times, so that the
+    rest can adapt (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
     """
-    process, x = model.process, model.process.prior.sample(x_0.shape)
+    process = model.process
+    x = process.prior.sample(x_0.shape)
     yield process.T, x
     for t in range(process.T, 0, -1):
         for k in range(passes if t > 1 else 1):
             if k > 0:
                 x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} back to x_t
-            zs = [model(part, torch.full((len(part), 1), t)) for part in x.split(250)]  # for cache
+            zs = [model(part, torch.full((len(part), 1), t)) for part in x.split(250)]  # for speed
             z = torch.cat(zs) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
             x = process.sample(process.p_reverse(z, x, t))  # from x_t to x_{t-1}
             x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)
@@ -303,8 +302,9 @@ def evaluate(model, test_rows, num_samples, out):
 def parse_options(argv):
     """Return the parsed options and the content of the checkpoint, {} if there is none."""
     device = str(torch.accelerator.current_accelerator(True) or "cpu")  # None if absent
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.usage, flag = "dpm_2015.py [options]", parser.add_argument
+    parser = ArgumentParser(usage="dpm_2015.py [options]", description=__doc__)
+    parser.formatter_class = RawDescriptionHelpFormatter
+    flag = parser.add_argument
     flag("--dataset", default="swiss_roll", choices=[*POINTS, *BITS, "mnist"], help="what to learn")
     flag("--num_timesteps", type=int, default=40, help="number of diffusion steps T")
     flag("--hidden_size", type=int, default=64, help="width of the network")
@@ -376,7 +376,7 @@ def main(argv=None):
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())
     np.save(out / "inpainted.npy", (y * scale + shift).cpu())
-    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]  # unscaled
+    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]
     facts = {
         "options": vars(args),
         "figures": figures,
