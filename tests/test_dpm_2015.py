@@ -304,8 +304,8 @@ def test_network(make, B, D):
         assert (model(*inputs) != z).float().mean() > 0.9
     dpm.bound(model, x_t.repeat(9, 1))[0].sum().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in model.parameters())
-    nn.init.zeros_(model.dense[-2].weight)
-    for change in (x_t, model.dense[-2].bias.data.view(1, D, 4)):  # the inputs of the last layers
+    nn.init.zeros_(model.dense[-1].weight)
+    for change in (x_t, model.dense[-1].bias.data.view(1, D, 4)):  # the inputs of the last layers
         before = model(x_t, t)
         change[:, 1] += 1
         changed = (model(x_t, t) != before).any(dim=0)
