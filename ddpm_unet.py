@@ -6,10 +6,10 @@ Small steps towards its guesses turn noise into an image. Paper: https://arxiv.o
     python ddpm_unet.py                                     MNIST, in about an hour on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
-    torchrun --nproc_per_node=4 ddpm_unet.py                the same on four GPUs
+    torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
 x_0 is data, x_T is noise, as in the paper. Tables begin at 0: alpha_bars[0] is its alpha_bar_1.
-Images are (B, C, H, W): B in a batch, C = 1 (grey) or 3; in the U-Net, C is a width.
+Images are (B, C, H, W): a batch of B, with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
 """
 
 import json
@@ -21,7 +21,6 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 
 import imageio.v2 as imageio
 import numpy as np
@@ -51,13 +50,15 @@ def load_images(dataset, data_dir, size):
     if dataset == "mnist":
         mnist = MNIST(data_dir, download=True)
         return mnist.data[:, None], mnist.targets
-    classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
-    files = ImageFolder.make_dataset(dataset, {c: k for k, c in enumerate(classes)}, IMG_EXTENSIONS)
+    folders = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir())
+    classes = folders or ["."]  # ".": the folder itself
+    numbers = {name: number for number, name in enumerate(classes)}
+    files = ImageFolder.make_dataset(dataset, numbers, IMG_EXTENSIONS)  # (path, number of class)
     images = []
     for path, _ in tqdm(files, "reading"):
         try:
             images.append(read_image(path, size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:
             raise OSError(f"cannot read {path}: {error}; mend it or remove it") from error
     images = torch.stack(images)
     if (images == images[:, :1]).all():  # red = green = blue
@@ -67,11 +68,11 @@ def load_images(dataset, data_dir, size):
 
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
-    """Return alpha_bars (T,): the share of x_0 in x_t's variance. Others: alphas_cumprod."""
+    """Return alpha_bars (T,): products of 1 - beta. Other programs call them alphas_cumprod."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
-    # 1000 / T makes x_T noise also if T is not the paper's 1000. float64 is accurate.
-    betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
-    return (1 - betas.clamp(max=0.999)).cumprod(dim=0)  # for T = 20, the last beta would be 1
+    # 1000 / T makes x_T noise also if T is not the paper's 1000. numpy computes in float64.
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T
+    return torch.from_numpy(np.cumprod(1 - betas.clip(max=0.999)))  # T = 20 would end with 1
 
 
 def q_sample(x_0, alpha_bar, eps):
@@ -81,7 +82,7 @@ def q_sample(x_0, alpha_bar, eps):
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     """Return mean and variance of q(x_{t-1} | x_t, x_0): x_{t-1} if we know x_0 (eq. 6 and 7)."""
-    alpha = alpha_bar / alpha_bar_prev  # their product, if the sampler skips steps
+    alpha = alpha_bar / alpha_bar_prev  # alpha_t; if steps are skipped, the product of theirs
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)  # beta_tilde_t
@@ -103,40 +104,41 @@ class ResBlock(nn.Module):
         self.temb = nn.Linear(E, C)
         self.conv_2 = conv(C, C)
         self.shortcut = nn.Conv2d(C_in, C, 1)
-        nn.init.zeros_(self.conv_2[-1].weight)  # so training starts from the shortcut
+        nn.init.zeros_(self.conv_2[-1].weight)  # so training starts close to the shortcut
 
     def forward(self, h, temb):
-        x = self.conv_1(h) + self.temb(temb)[:, :, None, None]
+        x = self.conv_1(h) + self.temb(temb)[:, :, None, None]  # a number for each channel
         return self.shortcut(h) + self.conv_2(x)
 
 
 class UNet(nn.Module):
-    """Predict the noise eps in images x_t (B, C, H, W), given t (B,) and labels (B,)."""
+    """Predict the noise eps in images x_t (B, channels, H, W), given t (B,) and labels (B,)."""
 
     def __init__(self, channels, num_classes, num_timesteps, base_channels, channel_mults):
         super().__init__()
         E = 4 * base_channels  # width of temb, the embedding of t and label
         widths = [base_channels * mult for mult in channel_mults]  # from large images to small
+        # For sines and cosines of t, with 1000 / T: as if T were always the paper's 1000.
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.downs = nn.ModuleList()
-        self.ups = nn.ModuleList()
+        self.downs = nn.ModuleList()  # for widths 24, 48, 96: from 24 to 24, then 24 to 48
+        self.ups = nn.ModuleList()  # from 48 + 24 to 24, and 96 + 48 to 48; forward reverses them
         C_in = widths[0]
         for C, C_below in pairwise(widths):  # (24, 48), then (48, 96)
             self.downs.append(ResBlock(C_in, C, E))
-            self.ups.append(ResBlock(C_below + C, C, E))
+            self.ups.append(ResBlock(C_below + C, C, E))  # its input: h from below, and the skip
             C_in = C
         C = widths[-1]
-        self.middle_1 = ResBlock(C_in, C, E)
+        self.middle_1 = ResBlock(C_in, C, E)  # from 48 to 96
         self.attention = nn.MultiheadAttention(C, num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(C, C, E)
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
-        angles = t[:, None] * self.frequencies  # (B, E / 2): t, counted as if T were 1000
+        angles = t[:, None] * self.frequencies  # (B, E / 2)
         temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1))
         temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
         h = self.first(x_t)  # (B, widths[0], H, W)
@@ -147,13 +149,14 @@ class UNet(nn.Module):
             h = F.avg_pool2d(h, 2)  # half of H and W
         h = self.middle_1(h, temb)
         pixels = F.group_norm(h, 8).flatten(2).mT  # (B, H W, C): each attends to all
-        h = h + self.attention(pixels, pixels, pixels)[0].mT.reshape(h.shape)
+        attended, _ = self.attention(pixels, pixels, pixels)
+        h = h + attended.mT.reshape(h.shape)
         h = self.middle_2(h, temb)
         for block in reversed(self.ups):
             skip = skips.pop()
             h = F.interpolate(h, skip.shape[2:])  # to the height and width of skip
             h = block(torch.cat((h, skip), dim=1), temb)
-        return self.last(h)  # (B, C, H, W)
+        return self.last(h)  # (B, channels, H, W)
 
 
 # %% 4. Loss
@@ -169,41 +172,36 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 # %% 5. Sampling
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2. Line 4 draws from eq. 6, with x_0_hat in place of x_0."""
+    """Take one step of Algorithm 2. Its line 4 is a draw from eq. 6, with x_0_hat for x_0."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take one step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 with sigma_t = 0."""
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after clamping
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # that fits x_0_hat
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 
 SAMPLERS = {"ddim": ddim_step, "ddpm": p_sample}
 
 
-def predict_noise(net, x_t, t, labels):
-    """Return eps_hat of many images, a hundred at a time to save memory."""
-    parts = zip(x_t.split(100), t.split(100), labels.split(100))
-    return torch.cat([net(*part) for part in parts])
-
-
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
-    steps = torch.linspace(len(alpha_bars) - 1, 0, num_steps, device="cpu").round().long().flip(0)
-    visited = [1.0, *alpha_bars[steps].tolist()]  # of data, of steps[0], of steps[1], ...
+    steps = np.linspace(len(alpha_bars) - 1, 0, num_steps).round().astype(int)  # from T - 1 to 0
+    visited = np.append(alpha_bars[steps], 1.0).tolist()  # their alpha_bars, and 1 for data
     no_labels = torch.full_like(labels, net.no_label)
-    for k in reversed(range(num_steps)):
-        alpha_bar_prev, alpha_bar = visited[k : k + 2]
+    for k in range(num_steps):
+        alpha_bar, alpha_bar_prev = visited[k : k + 2]
         t = torch.full_like(labels, steps[k].item())
-        eps_hat = predict_noise(net, x, t, labels)
+        eps_hat = net(x, t, labels)
         if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6 with w = guidance
-            eps_hat = (1 + guidance) * eps_hat - guidance * predict_noise(net, x, t, no_labels)
+            eps_hat = (1 + guidance) * eps_hat - guidance * net(x, t, no_labels)
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
-        x_0_hat = x_0_hat.clamp(-1, 1)  # at large t, a small error of eps_hat is a large one here
-        yield k + 1, x, x_0_hat
+        # At large t, this magnifies errors of eps_hat. So clamp: in Algorithm 2, a deviation.
+        x_0_hat = x_0_hat.clamp(-1, 1)
+        yield num_steps - k, x, x_0_hat
         x = SAMPLERS[sampler](x_0_hat, x, alpha_bar, alpha_bar_prev)
     yield 0, x, x
 
@@ -211,7 +209,7 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
 # %% 6. Training
 RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD_SIZE processes and numbers them
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-SIGNALS = []  # Ctrl-C (SIGINT) and SIGTERM end the training early
+SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops early
 
 
 def train(net, ema, images, labels, options, path, state):
@@ -219,7 +217,7 @@ def train(net, ema, images, labels, options, path, state):
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
     alpha_bars = make_schedule(options["num_timesteps"]).float().to(images.device)
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
-    if state.get("optimizer"):
+    if state.get("optimizer"):  # the model in tests/models has none
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = options["learning_rate"]
     B = options["train_batch_size"]
@@ -227,10 +225,10 @@ def train(net, ema, images, labels, options, path, state):
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
     saved = time.time()
     for step in bar:
-        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # one seed a step
-        batch = torch.randint(len(images), (B // WORLD_SIZE,))
-        x_0 = images[batch] / 127.5 - 1  # from 0..255 to -1..1, as in section 3.3
-        loss = loss_simple(model, alpha_bars, x_0, labels[batch], net.no_label)
+        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # to resume exactly
+        indices = torch.randint(len(images), (B // WORLD_SIZE,))
+        x_0 = images[indices] / 127.5 - 1  # from 0..255 to -1..1, as in the paper's section 3.3
+        loss = loss_simple(model, alpha_bars, x_0, labels[indices], net.no_label)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -279,7 +277,7 @@ def sample(net, args, out):
     chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
     frames = []
     for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-        if steps_left % max(1, num_steps // 50) == 0:  # at most 100 frames
+        if steps_left % max(1, num_steps // 50) == 0:  # at most 100 times
             frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))
@@ -287,6 +285,7 @@ def sample(net, args, out):
 
 
 # %% 8. Files and command line
+# A checkpoint holds these options; those of MODEL are the arguments of UNet.
 MODEL = ["channels", "num_classes", "num_timesteps", "base_channels", "channel_mults"]
 TRAINING = ["dataset", "image_size", "train_batch_size", "num_epochs", "learning_rate", "seed"]
 
@@ -303,15 +302,15 @@ def load_checkpoint(path, device):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         return {name: state[name] for name in ("options", "step", "net", "ema", "optimizer")}
-    except (LookupError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+    except Exception as error:
         raise OSError(f"cannot use {path}: {error!r:.200}") from error
 
 
 def parse_options(argv):
     """Return the parsed options and the content of the checkpoint, {} if there is none."""
     device = str(torch.accelerator.current_accelerator(True) or "cpu")  # True: if present
-    parser = ArgumentParser(formatter_class=RawDescriptionHelpFormatter)
-    parser.usage, parser.description = "ddpm_unet.py [options]", __doc__
+    parser = ArgumentParser(usage="ddpm_unet.py [options]", description=__doc__)
+    parser.formatter_class = RawDescriptionHelpFormatter
     flag = parser.add_argument
     flag("--dataset", default="mnist", help="mnist, or a folder of images; its folders are classes")
     flag("--image_size", type=int, default=28, help="pixels on each side; digits always have 28")
@@ -319,12 +318,12 @@ def parse_options(argv):
     flag("--base_channels", type=int, default=24, choices=[8, 16, 24, 32, 64, 128], help="width")
     flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
     flag("--train_batch_size", "-b", type=int, default=32, help="images in a training step")
-    flag("--num_epochs", "-e", type=int, default=5, help="passes over the data")
+    flag("--num_epochs", "-e", type=int, default=5, help="training time, in passes over the data")
     flag("--learning_rate", "-l", type=float, default=1e-3, help="of Adam")
     flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
     flag("--guidance", type=float, default=0.5, help="above 0: clearer classes, less variety")
-    flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm is Algorithm 2 (with T steps)")
+    flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: with T steps, Algorithm 2")
     flag("--sampling_steps", type=int, default=50, help="fewer are quicker, T at most")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")
@@ -393,7 +392,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download", "unexpected pos"  # not bugs of this file
+        words = "allocate", "state_dict", "download", "unexpected pos"
+        # These mean no memory, a wrong checkpoint, no network, a full disk: not bugs of this file.
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"ddpm_unet.py: error: {' '.join(str(error).split())}")

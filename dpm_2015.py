@@ -1,7 +1,7 @@
 """Deep Unsupervised Learning using Nonequilibrium Thermodynamics: the first diffusion model.
 
 Its forward process turns data into noise in T small steps. A network learns to undo them: training
-maximises K, a lower bound on log p(data), in bits. Paper: https://arxiv.org/abs/1503.03585.
+raises K, a lower bound on the mean log p(data). Paper: https://arxiv.org/abs/1503.03585.
 
     python dpm_2015.py                        swiss roll, in two minutes
     python dpm_2015.py --dataset heartbeat    binary sequences, in six minutes
@@ -18,7 +18,6 @@ import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
-from pickle import UnpicklingError
 
 import imageio.v2 as imageio
 import numpy as np
@@ -29,7 +28,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
 
-Distribution.set_default_validate_args(False)  # q(x, 0, 0) has the variance 0
+Distribution.set_default_validate_args(False)  # the last draw has the variance 0
 
 
 # %% 1. Data
@@ -57,26 +56,28 @@ def load_data(dataset, data_dir):
         from torchvision.datasets import MNIST
 
         x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
-        x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # a grey level is an interval
+        x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # 7 becomes 7..8, for a density
     shift, scale = x.mean().item(), x.std().item()
-    x = ((x - shift) / scale).to(torch.get_default_device())  # mean 0, variance 1, like the prior
+    x = ((x - shift) / scale).to(torch.get_default_device())  # overall like the prior
     return x[:-10_000], x[-10_000:], shift, scale
 
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
 # Steps of q are reversible: prior(a) q(b | a) = prior(b) q(a | b). So p(x_{t-1} | x_t) begins as a
-# step of q, which is right for data that are like the prior, and the network's z changes it.
+# step of q, right for data that are like the prior. z, the network's output, corrects it. All q and
+# p are distributions of torch, and process.sample draws from them.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
-    sample = staticmethod(Normal.rsample)  # draws from q or p; gradients reach the betas
+    sample = staticmethod(Normal.rsample)  # a draw through which gradients reach the betas
     z_per_x = 2  # the network returns z_mu and z_sigma
 
     def __init__(self, T, beta_1, learn_betas):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        # At first, the log-odds of alpha_bar_t fall in equal steps; alpha_bar_T is about 0.001.
+        # alpha_bar_t, the product of 1 - beta_1 to 1 - beta_t, is x_0's share of x_t's variance.
+        # At first its log-odds, signal against noise, fall in equal steps; alpha_bar_T is 0.001.
         self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)
         log_alphas = nn.functional.logsigmoid(self.log_odds).diff()  # log(1 - beta_t), t = 2..T
         betas = -torch.expm1(log_alphas)
@@ -86,14 +87,14 @@ class Gaussian(nn.Module):
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
-        log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # alpha_bar_t = prod of 1 - beta
+        log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)
         log_alpha = log_alpha_bars[t] - log_alpha_bars[s]
         stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise for small steps
         return Normal((log_alpha / 2).exp() * x, stddev)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule adds precisions, 1 / variance, and precisions times means. For a step, seen
-        # as a function of x_{t-1}, they are (1 - beta) / beta and sqrt(1 - beta) x_t / beta.
+        # Bayes' rule: precisions (1 / variance) add up, and so do precisions times means. The step,
+        # seen as a function of x_{t-1}, has mean x_t / sqrt(1 - beta), precision (1 - beta) / beta.
         before, beta = self.q(x_0, 0, t - 1), self.q(x_t, t - 1, t).variance
         variance = 1 / (1 / before.variance + (1 - beta) / beta)
         mean = variance * (before.mean / before.variance + (1 - beta).sqrt() * x_t / beta)
@@ -102,7 +103,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # deviation: in eq. 65, z = 0 gives no step of q
+        mu = step.mean + step.stddev * z_mu  # deviation: eq. 65 is not q if z = 0
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -139,16 +140,18 @@ class Binomial(nn.Module):
 
 # %% 3. The bound: what training maximises
 def bound(model, x_0):
-    """Return K (B,) in bits for each x_0 (B, D), and the random t (B, 1) used for it: eq. 14.
+    """Return estimates (B,) of K, in bits, from x_0 (B, D), and the random t (B, 1) used: eq. 14.
 
     K = -sum_{t=2}^T E KL(posterior || p_reverse) + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
     is, on average over data, E_q log(p(x_0..x_T) / q(x_1..x_T | x_0)) <= log p(x_0), by Jensen:
     - t >= 2: q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0), by Bayes.
       This gives T - 1 KLs, and ratios that telescope to q(x_1 | x_0) / q(x_T | x_0) in p / q;
-    - p(x_T) gives -H_p(x_T), as data and prior have the same mean square (or, for bits, mean);
+    - p(x_T) gives -H_p(x_T): log prior is linear in x^2 (for bits, in x), of which data have the
+      same mean as the prior, and q keeps it;
     - t = 1 gives 0: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, p / q is
-      prior(x_0) / prior(x_1), whose logarithm has the mean 0.
-    If z = 0, all t have such ratios. Their product with p(x_T) is prior(x_0); K is its log, L_null.
+      prior(x_0) / prior(x_1), whose logarithm has the mean 0, for the same reason.
+    If z = 0, each t gives prior(x_{t-1}) / prior(x_t). With p(x_T), they multiply to prior(x_0): so
+    the mean of K is that of log prior(x_0), L_null. A network that learns nothing has it.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -159,6 +162,7 @@ def bound(model, x_0):
     H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H_q(x_T | x_0)
     H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H_q(x_1 | x_0)
     H_prior = x_0.shape[1] * process.prior.entropy()  # H_p(x_T)
+    # One t and x_t for each x_0: T - 1 times their KL has the sum of all as its mean.
     K = -(process.T - 1) * kl + H_end - H_start - H_prior
     return K / math.log(2), t
 
@@ -167,7 +171,8 @@ def bound(model, x_0):
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
-    Each number gets features that see all of x_t; these and the number go through the same units.
+    An MLP computes, from all of x_t, features for each of its D numbers. A small network, the same
+    for all D, turns features and number into outputs, which eq. 62 mixes to z.
     Deviation: the paper has radial basis functions for points and sigmoids for bits.
     """
 
@@ -183,7 +188,7 @@ class Model(nn.Module):
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
         # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1, evenly spaced in the
-        # initial log-odds of alpha_bar. Deviation for bits: the paper spaces them evenly in t.
+        # initial log-odds. So they are also in t, as in the paper, but not for bits: a deviation.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
@@ -201,11 +206,11 @@ class Model(nn.Module):
 # %% 5. Sampling and inpainting
 @torch.no_grad()
 def p_sample_loop(model, x_0, known, passes):
-    """Turn draws from the prior into data. Yield (T, x_T), ..., (0, x_0), each x (B, D).
+    """Turn draws x (B, D) from the prior into data. Yield (t, x) for t = T, ..., 0.
 
-    Inpainting: x ends as x_0 where known (D,) is true. Deviation: in section 2.5, this part is x_0
-    all the time. Here it is as noisy as the rest, and each step is taken several times, so that the
-    rest can adapt (RePaint, arXiv 2201.09865, Algorithm 1). For samples, nothing is known.
+    Inpainting: x ends as x_0 (B, D) where known (D,) is true. Deviation: in the paper (2.5), this
+    part is x_0 all the time. Here it is as noisy as the rest, and each step is taken several times,
+    so that the rest can adapt: RePaint, arXiv 2201.09865, Algorithm 1. For samples, known is false.
     """
     process = model.process
     x = process.prior.sample(x_0.shape)
@@ -214,8 +219,7 @@ def p_sample_loop(model, x_0, known, passes):
         for k in range(passes if t > 1 else 1):
             if k > 0:
                 x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} back to x_t
-            zs = [model(part, torch.full((len(part), 1), t)) for part in x.split(250)]  # for speed
-            z = torch.cat(zs) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
+            z = model(x, torch.full((len(x), 1), t)) * (t > 1)  # p(x_0 | x_1) is q: eq. 44
             x = process.sample(process.p_reverse(z, x, t))  # from x_t to x_{t-1}
             x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)
         yield t - 1, x
@@ -239,7 +243,7 @@ def train(model, rows, options, path, state):
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
         if options["dataset"] == "mnist":  # less weight for small t: a lower K, but better shapes
-            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t
+            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, for any x
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -258,7 +262,7 @@ def train(model, rows, options, path, state):
 
 # %% 7. Pictures and figures
 def draw(title, x):
-    """Return a picture (H, W, 3), uint8, of points (N, 2), of bits or of digits (N, D)."""
+    """Return a picture, uint8 (height, width, 3), of points (N, 2), bits or digits (N, D)."""
     figure = Figure(figsize=(4, 4.4), dpi=90)
     axes = figure.add_axes((0.02, 0, 0.96, 0.9), aspect="equal", xticks=(), yticks=())
     axes.set_title(title, fontsize=16)
@@ -309,7 +313,7 @@ def parse_options(argv):
     flag("--num_timesteps", type=int, default=40, help="number of diffusion steps T")
     flag("--hidden_size", type=int, default=64, help="width of the network")
     flag("--train_batch_size", type=int, default=1000, help="examples in a training step")
-    flag("--num_training_steps", type=int, default=5000, help="training steps")
+    flag("--num_training_steps", type=int, default=7000, help="training steps")
     flag("--learning_rate", type=float, default=1e-2, help="of Adam, its highest value")
     flag("--num_samples", "--eval_batch_size", type=int, default=1000, help="samples to draw")
     source = parser.add_mutually_exclusive_group()
@@ -326,7 +330,7 @@ def parse_options(argv):
         try:
             state = torch.load(path, map_location=args.device, weights_only=True)
             state = {name: state[name] for name in ("options", "step", "model", "optimizer")}
-        except (LookupError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+        except Exception as error:
             parser.error(f"cannot use {path}: {error!r:.200}")
     options = state.get("options", {"dataset": args.dataset})
     if options["dataset"] in BITS:
@@ -336,7 +340,7 @@ def parse_options(argv):
         parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
     parser.set_defaults(**options)
     args = parser.parse_args(argv)  # again, with the defaults for these data
-    limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture has 25 digits
+    limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # all others must be above 0
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not value > limits.get(name, 0):
             parser.error(f"--{name} {value}: must be above {limits.get(name, 0)}")
@@ -350,7 +354,7 @@ def main(argv=None):
     digits = args.dataset == "mnist"
     torch.set_num_threads(torch.get_num_threads() if digits else 1)  # small networks gain nothing
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
-    torch.set_default_device(args.device)
+    torch.set_default_device(None if args.device == "cpu" else args.device)  # None is faster
     name = args.dataset + ("" if args.checkpoint is None else "_samples")
     out = Path(args.output_dir or f"outputs/dpm_2015_{name}")
     if args.resume is not None:
@@ -377,12 +381,8 @@ def main(argv=None):
     np.save(out / "samples.npy", (x * scale + shift).cpu())
     np.save(out / "inpainted.npy", (y * scale + shift).cpu())
     figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]
-    facts = {
-        "options": vars(args),
-        "figures": figures,
-        "seconds": time.time() - started,
-        "torch": torch.__version__,
-    }
+    facts = {"options": vars(args), "figures": figures, "torch": torch.__version__}
+    facts["seconds"] = time.time() - started
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
 
@@ -393,7 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # not bugs here
+        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # the user's, not bugs
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"dpm_2015.py: error: {' '.join(str(error).split())}")

@@ -9,17 +9,16 @@ New data come from fresh noise, by undoing all steps. Paper: https://arxiv.org/a
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
 Each training example is one point or one digit, never a picture of the whole heart.
-x_0 is data, x_T is noise. Our t counts 0..T-1: what the code calls x_t is the paper's x_{t+1}.
+x_0 is data and x_T is noise, as in the paper. But our steps have the numbers t = 0..T-1, to index
+tables: so the tensor x_t, which is x after step t, is the paper's x_{t+1}.
 B is the batch size and D the length of an example: 2 for points, 28 * 28 = 784 for digits.
 """
 
-import io
 import json
 import sys
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
-from pickle import UnpicklingError
 from types import SimpleNamespace
 
 import imageio.v2 as imageio
@@ -53,7 +52,7 @@ def standardise(data):
     """Return (x_0, shift, scale) with x_0 = (data - shift) / scale, given data (N, D)."""
     if data.shape[1] == 784:
         shift = scale = torch.tensor(127.5)  # from 0..255 to -1..1, as in section 3.3
-    else:  # mean 0 and average variance 1, like the noise: so x_t keeps both
+    else:  # mean 0 and average variance 1, like the noise, so that every x_t has them too
         shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
@@ -62,30 +61,30 @@ def standardise(data):
 def make_schedule(T):
     """Return all that depends on t alone, as tensors (T,)."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
-    # 1000 / T makes x_T noise also if T is not 1000. float64 is accurate, but Apple GPUs lack it.
-    betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu") * 1000 / T
-    betas = betas.clamp(max=0.999)  # T = 20 would end with 1, and p_sample would divide by 0
-    alpha_bars = (1 - betas).cumprod(dim=0)  # of alphas, 1 - beta; often called alphas_cumprod
-    alpha_bars_prev = F.pad(alpha_bars[:-1], (1, 0), value=1.0)
+    # 1000 / T makes x_T noise also if T is not the paper's 1000. numpy computes in float64.
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T
+    betas = betas.clip(max=0.999)  # for T = 20 the last would be 1, and p_sample would divide by 0
+    # Over many steps the factors multiply, and the noise adds up to the variance 1 - alpha_bar.
+    alpha_bars = np.cumprod(1 - betas)  # alpha is 1 - beta; others call this alphas_cumprod
+    alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
     schedule = {
         "betas": betas,
-        "signal": alpha_bars.sqrt(),  # x_t = signal x_0 + noise_std eps, eq. 4
-        "noise_std": (1 - alpha_bars).sqrt(),
-        "posterior_std": (betas * (1 - alpha_bars_prev) / (1 - alpha_bars)).sqrt(),  # eq. 7
+        "signal": np.sqrt(alpha_bars),  # eq. 4: x_t = signal * x_0 + noise_std * eps
+        "noise_std": np.sqrt(1 - alpha_bars),  # where eps is drawn from N(0, I)
+        "posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),  # eq. 7
     }
-    device = torch.get_default_device()
-    return SimpleNamespace(**{name: x.float().to(device) for name, x in schedule.items()})
+    return SimpleNamespace(**{name: torch.tensor(np.float32(x)) for name, x in schedule.items()})
 
 
 # %% 3. Forward process
 def q_sample(schedule, x_0, t, eps):
-    """Return x_t (B, D): x_0 (B, D) with the noise of steps 0 to t (B,), in one jump (eq. 4)."""
+    """Return x_t (B, D): x_0 (B, D) after the steps 0 to t (B,), in one jump (eq. 4)."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
 
 
 # %% 4. Network
 def sinusoidal_embedding(x, size, scale):
-    """Turn numbers (B,) into sines and cosines (B, size), as the Transformer and DDPM do with t."""
+    """Turn numbers (B,) into sines and cosines (B, size), as Transformers do with positions."""
     frequencies = scale * 10_000 ** -torch.linspace(0, 1, size // 2)
     angles = x[:, None] * frequencies  # (B, size / 2)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
@@ -121,8 +120,9 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). For eps it is L_simple, eq. 14.
 
-    It drops the weights beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) of the bound (eq. 12),
-    which are large for small t. Digits need x_0: 784 values of noise do not fit through an MLP.
+    The bound on -log p(x_0), eq. 12, multiplies the error of step t by a weight: with T = 1000 and
+    sigma_t^2 = beta_t, 0.5 for the first step and 0.005 to 0.01 for most. L_simple drops it.
+    Digits need x_0: pure noise, 784 unrelated numbers, is more than hidden layers can pass on.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -133,36 +133,39 @@ def loss_simple(model, schedule, x_0, predict):
 
 
 # %% 6. Sampling
-def p_sample(model, schedule, x_t, step, predict, limit):
-    """Take one step of Algorithm 2: from x_t (B, D) draw x_{t-1}, or data if step is 0."""
-    beta = schedule.betas[step]
-    signal = schedule.signal[step]
-    noise_std = schedule.noise_std[step]
-    output = model(x_t, torch.full((len(x_t),), step))
-    x_0_hats = {"eps": (x_t - noise_std * output) / signal, "x_0": output}  # eq. 15
+def p_sample(model, schedule, x_t, t, predict, limit):
+    """Undo step t, as in Algorithm 2: from x_t (B, D) draw x_{t-1} (B, D), or data if t is 0.
+
+    By Bayes' rule, x_{t-1} is Gaussian if x_t and x_0 are known (eq. 6, 7). x_0_hat stands for x_0.
+    """
+    beta = schedule.betas[t]
+    signal = schedule.signal[t]
+    noise_std = schedule.noise_std[t]
+    output = model(x_t, torch.full((len(x_t),), t))
+    x_0_hats = {"eps": (x_t - noise_std * output) / signal, "x_0": output}  # for eps: eq. 15
     # At large t, signal is small: to divide by it magnifies errors. So clip to the data's range.
     x_0_hat = x_0_hats[predict].clamp(-limit, limit)
-    eps_hat = (x_t - signal * x_0_hat) / noise_std
-    mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4; eq. 7's mean at x_0_hat
-    # The variance is beta_tilde_t of eq. 7, 0 in the last step. The paper also tries beta_t (3.2).
-    return mean + schedule.posterior_std[step] * torch.randn_like(x_t)
+    eps_hat = (x_t - signal * x_0_hat) / noise_std  # the noise that fits the clipped x_0_hat
+    mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4: the mean of eq. 7
+    # Its variance is beta_tilde_t (eq. 7), 0 if t is 0. The paper's section 3.2 also tries beta_t.
+    return mean + schedule.posterior_std[t] * torch.randn_like(x_t)
 
 
 @torch.no_grad()
 def p_sample_loop(model, schedule, shape, predict, limit):
-    """Run Algorithm 2 for x of this shape. Yield (steps of noise left, x), from T down to 0."""
+    """Run Algorithm 2 for x of this shape. Yield (steps still to undo, x), from T down to 0."""
     x = torch.randn(shape)  # line 1
     yield len(schedule.betas), x
-    for step in reversed(range(len(schedule.betas))):
-        x = p_sample(model, schedule, x, step, predict, limit)
-        yield step, x
+    for t in reversed(range(len(schedule.betas))):
+        x = p_sample(model, schedule, x, t, predict, limit)
+        yield t, x
 
 
 # %% 7. Training
 def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_rate):
-    """Train by Algorithm 1. Write model.pt and training.gif into the folder out."""
-    optimizer = torch.optim.Adam(model.parameters())  # its rate is set below
-    snapshot_epochs = [num_epochs * k**2 // 36 for k in range(6)]  # at (k / 6)^2 of the training
+    """Train by Algorithm 1. Write model.pt and training.gif into out. config is made in main."""
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
+    snapshot_epochs = [num_epochs * k**2 // 36 for k in range(6)]  # many early, few late
     frames = []
     bar = tqdm(range(num_epochs), "training")
     try:
@@ -172,8 +175,8 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
                 frames.append(snapshot(model, schedule, config, epoch))
             rate = min((epoch + 1) / 5, 1 - epoch / num_epochs)  # rises, then falls
             optimizer.param_groups[0]["lr"] = learning_rate * rate
-            for batch in torch.randperm(len(x_0)).split(batch_size):
-                loss = loss_simple(model, schedule, x_0[batch], config["predict"])
+            for indices in torch.randperm(len(x_0)).split(batch_size):
+                loss = loss_simple(model, schedule, x_0[indices], config["predict"])
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -190,7 +193,7 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
 
 def snapshot(model, schedule, config, epoch):
     """Return a picture of samples after so many epochs."""
-    shape = config["examples"][:300].shape
+    shape = (300, config["examples"].shape[1])
     for _, x in p_sample_loop(model, schedule, shape, config["predict"], config["limit"]):
         pass
     return draw(f"after {epoch} epochs", x, "tab:orange", config["examples"])
@@ -221,18 +224,18 @@ def animate(model, schedule, config, out, num_samples, every):
     """Draw samples (N, D) and return them. Save a GIF of data to noise, and noise to samples."""
     T = len(schedule.betas)
     x_0 = config["examples"]
-    steps = [*range(0, T, every), T]
-    eps = torch.randn_like(x_0)  # the same for all t, so that you can follow a point
+    counts = [*range(0, T, every), T]  # a frame shows x after so many steps
+    eps = torch.randn_like(x_0)  # the same in all frames, so that you can follow a point
     frames = [draw("data", x_0, "tab:blue", x_0)]
-    for step in steps[1:]:
-        x_t = q_sample(schedule, x_0, torch.tensor([step - 1]), eps)
-        frames.append(draw(f"adding noise: step {step}", x_t, "tab:blue", x_0))
+    for count in counts[1:]:
+        x_t = q_sample(schedule, x_0, torch.tensor([count - 1]), eps)  # after steps 0..count - 1
+        frames.append(draw(f"adding noise: step {count}", x_t, "tab:blue", x_0))
     shape = (num_samples, x_0.shape[1])
     chain = p_sample_loop(model, schedule, shape, config["predict"], config["limit"])
-    for step, x in tqdm(chain, "sampling", total=T + 1):
-        if step in steps:
-            frames.append(draw(f"removing noise: {step} left", x, "tab:orange", x_0))
-    durations = [250 if step <= T / 4 else 50 for step in steps + steps[::-1]]  # milliseconds
+    for count, x in tqdm(chain, "sampling", total=T + 1):
+        if count in counts:
+            frames.append(draw(f"removing noise: {count} left", x, "tab:orange", x_0))
+    durations = [250 if count <= T / 4 else 50 for count in counts + counts[::-1]]  # milliseconds
     durations[-1] = 3000
     imageio.mimsave(out / "process.gif", frames, duration=durations, loop=0)
     imageio.imwrite(out / "samples.png", frames[-1])
@@ -246,10 +249,9 @@ def energy_distance(a, b):
 
 
 # %% 9. Files and command line
-DATA_HELP = ", ".join(DATASETS) + (
-    ", a .npy or .csv file with two numbers in each row, or mnist (offline: put "
-    "{train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
-)
+DATA_HELP = f"{', '.join(DATASETS)}, a .npy or .csv file with two numbers in each row, or mnist "
+DATA_HELP += "(offline: put {train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
+# A checkpoint holds these options. They make the model, so they win over the command line.
 MODEL = ["dataset", "predict", "num_timesteps", "embedding_size", "hidden_size", "hidden_layers"]
 DIGITS = {  # the defaults for mnist; those for points are in parse_options
     "predict": "x_0",
@@ -274,7 +276,7 @@ def load_data(name, data_dir):
             return MNIST(data_dir, download=True).data.flatten(1).float()
         points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
         points = torch.from_numpy(points.astype(np.float32))
-    except (OSError, ValueError, EOFError, RuntimeError) as error:
+    except Exception as error:
         raise OSError(f"--dataset {name}: {error}; choose {DATA_HELP}") from error
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < 100 or not points.std(0).max() > 0:
         raise OSError(f"--dataset {name}: need 100 or more rows of 2 finite numbers")
@@ -283,29 +285,26 @@ def load_data(name, data_dir):
 
 def save_checkpoint(path, model, config):
     """Save under another name, then rename, so that model.pt is always complete."""
-    content = io.BytesIO()
-    torch.save({**config, "weights": model.state_dict()}, content)
     temporary = path.with_suffix(".part")
-    temporary.write_bytes(content.getvalue())
+    torch.save({**config, "weights": model.state_dict()}, temporary)
     temporary.replace(path)
 
 
 def load_checkpoint(path, device):
-    """Return what save_checkpoint wrote."""
+    """Return config and weights from a file that save_checkpoint wrote."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         names = [*MODEL, "shift", "scale", "limit", "examples", "weights"]
         return {name: checkpoint[name] for name in names}
-    except (KeyError, TypeError, EOFError, OSError, RuntimeError, UnpicklingError) as error:
+    except Exception as error:
         raise OSError(f"cannot use --checkpoint {path}: {error!r:.200}") from error
 
 
 def parse_options(argv):
     """Return the parsed options and, if there is one, the checkpoint."""
     device = str(torch.accelerator.current_accelerator(True) or "cpu")  # True: if present
-    parser = ArgumentParser(formatter_class=RawDescriptionHelpFormatter)
-    parser.usage = "main.py [options]"
-    parser.description = __doc__
+    parser = ArgumentParser(usage="main.py [options]", description=__doc__)
+    parser.formatter_class = RawDescriptionHelpFormatter
     flag = parser.add_argument
     flag("--dataset", default="heart", help=DATA_HELP)
     flag("--num_timesteps", type=int, default=200, help="number of diffusion steps T")
@@ -347,7 +346,7 @@ def main(argv=None):
     args, config = parse_options(argv)
     torch.set_num_threads(args.threads)
     print(f"device: {args.device}, {args.threads} CPU threads")
-    torch.set_default_device(args.device)
+    torch.set_default_device(None if args.device == "cpu" else args.device)  # None is faster
     torch.manual_seed(args.seed)
     name = Path(args.dataset).stem + ("_samples" if config else "")
     out = Path(args.output_dir or f"outputs/{name}")
@@ -355,7 +354,7 @@ def main(argv=None):
         data = load_data(args.dataset, args.data_dir).to(args.device)
         config = {name: getattr(args, name) for name in MODEL}
         x_0, config["shift"], config["scale"] = standardise(data)
-        config["limit"] = x_0.abs().max()
+        config["limit"] = x_0.abs().max()  # p_sample clips to it
         config["examples"] = x_0[torch.randperm(len(x_0))[:8000]]
     examples = config["examples"]
     D = examples.shape[1]
@@ -376,16 +375,16 @@ def main(argv=None):
         samples = samples.round().clamp(0, 255).byte().view(-1, 28, 28)
     np.save(out / "samples.npy", samples.numpy())
     distance = energy_distance(x, examples)
-    best = energy_distance(examples[torch.randint(len(examples), (len(x),))], examples)
+    reference = energy_distance(examples[torch.randint(len(examples), (len(x),))], examples)
     facts = {
         "options": vars(args),
         "energy distance": distance,
-        "energy distance of real data": best,
+        "energy distance of real data": reference,
         "seconds": time.perf_counter() - started,
         "torch": torch.__version__,
     }
     (out / "run.json").write_text(json.dumps(facts, indent=2))
-    print(f"{out}: energy distance to the data {distance:.4f}, of real data {best:.4f}")
+    print(f"{out}: energy distance to the data {distance:.4f}, of real data {reference:.4f}")
 
 
 if __name__ == "__main__":
@@ -394,6 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        reasons = "allocate", "unexpected pos"  # no memory, full disk: not bugs of this file
+        if isinstance(error, RuntimeError) and not any(reason in str(error) for reason in reasons):
             raise
         sys.exit(f"main.py: error: {' '.join(str(error).split())}")

@@ -191,7 +191,7 @@ def grid(rows, names, path, titles=()):
 
 
 # Each experiment: a title, options of main.py, and what to write in place of what in its source
-POSTERIOR = '"posterior_std": (betas * (1 - alpha_bars_prev) / (1 - alpha_bars)).sqrt(),'
+POSTERIOR = '"posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),'
 SINES = (
     "        if x_t.shape[1] == 2:  # the shortest wave, 2 pi / 25 = 0.25 long, shows fine detail\n"
     "            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]\n"
@@ -211,7 +211,7 @@ EXPERIMENTS = [
     (
         "beta for beta tilde",
         "",
-        {POSTERIOR: '"posterior_std": betas.sqrt() * (alpha_bars_prev < 1),'},
+        {POSTERIOR: '"posterior_std": np.sqrt(betas) * (alpha_bars_prev < 1),'},
     ),
     ("width 16", "--hidden_size 16", {}),
     ("width 32", "--hidden_size 32", {}),

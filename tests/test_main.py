@@ -245,10 +245,9 @@ def test_training(monkeypatch, tmp_path):
     assert epochs[0] != epochs[1] and sorted(os.listdir(tmp_path)) == ["model.pt", "training.gif"]
 
 
-@pytest.mark.parametrize("owner, broken", [(torch, "save"), (Path, "write_bytes")])
-def test_a_failing_write_leaves_the_earlier_model(monkeypatch, tmp_path, owner, broken):
+def test_a_failing_write_leaves_the_earlier_model(monkeypatch, tmp_path):
     (tmp_path / "model.pt").write_text("earlier")
-    monkeypatch.setattr(owner, broken, lambda *args: 1 / 0)
+    monkeypatch.setattr(torch, "save", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main.save_checkpoint(tmp_path / "model.pt", torch.nn.Linear(1, 1), {})
     assert (tmp_path / "model.pt").read_text() == "earlier"
