@@ -8,8 +8,8 @@ Small steps towards its guesses turn noise into an image. Paper: https://arxiv.o
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
-x_0 is data, x_T is noise, as in the paper. Tables begin at 0: alpha_bars[0] is its alpha_bar_1.
-Images are (B, C, H, W): a batch of B, with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
+x_0 is data and x_T is noise. Our steps are t = 0..T-1; x_t is x after step t: the paper's x_{t+1}.
+x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
 """
 
 import json
@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +40,7 @@ def read_image(path, size):
     image = ImageOps.exif_transpose(Image.open(path))  # turned upright
     if image.mode.startswith("I"):  # 16-bit grey
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    image = image.convert("RGBA")  # also from palettes and CMYK; what is transparent becomes white
+    image = image.convert("RGBA")  # also from palettes and CMYK; below, transparent becomes white
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1)
 
@@ -52,14 +52,14 @@ def load_images(dataset, data_dir, size):
         return mnist.data[:, None], mnist.targets
     folders = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir())
     classes = folders or ["."]  # ".": the folder itself
-    numbers = {name: number for number, name in enumerate(classes)}
-    files = ImageFolder.make_dataset(dataset, numbers, IMG_EXTENSIONS)  # (path, number of class)
+    files = ImageFolder.make_dataset(dataset, {c: k for k, c in enumerate(classes)}, IMG_EXTENSIONS)
     images = []
-    for path, _ in tqdm(files, "reading"):
+    for path, _ in tqdm(files, "reading"):  # the second is the number of the class
         try:
             images.append(read_image(path, size))
         except Exception as error:
-            raise OSError(f"cannot read {path}: {error}; mend it or remove it") from error
+            message = f"ddpm_unet.py: error: cannot read {path}: {error}; mend it or remove it"
+            raise SystemExit(message) from error
     images = torch.stack(images)
     if (images == images[:, :1]).all():  # red = green = blue
         images = images[:, :1]
@@ -72,7 +72,7 @@ def make_schedule(T):
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
     # 1000 / T makes x_T noise also if T is not the paper's 1000. numpy computes in float64.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
-    return torch.from_numpy(np.cumprod(1 - betas.clip(max=0.999)))  # T = 20 would end with 1
+    return torch.from_numpy(np.cumprod(1 - betas.clip(max=0.999)))  # for T = 20, a beta is 1
 
 
 def q_sample(x_0, alpha_bar, eps):
@@ -81,8 +81,8 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0): x_{t-1} if we know x_0 (eq. 6 and 7)."""
-    alpha = alpha_bar / alpha_bar_prev  # alpha_t; if steps are skipped, the product of theirs
+    """Return mean and variance of q(x_{t-1} | x_t, x_0), a Gaussian by Bayes' rule (eq. 6, 7)."""
+    alpha = alpha_bar / alpha_bar_prev  # alpha_t; if steps are skipped, the product of all
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)  # beta_tilde_t
@@ -118,7 +118,7 @@ class UNet(nn.Module):
         super().__init__()
         E = 4 * base_channels  # width of temb, the embedding of t and label
         widths = [base_channels * mult for mult in channel_mults]  # from large images to small
-        # For sines and cosines of t, with 1000 / T: as if T were always the paper's 1000.
+        # t becomes fast and slow sines and cosines. 1000 / T stretches t to the paper's 1000 steps.
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
@@ -172,18 +172,15 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 # %% 5. Sampling
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2. Its line 4 is a draw from eq. 6, with x_0_hat for x_0."""
+    """Take one step of Algorithm 2. Its line 4 draws from eq. 6, with the guess x_0_hat for x_0."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take one step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 with sigma_t = 0."""
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # that fits x_0_hat
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # for a clamped x_0_hat
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
-
-
-SAMPLERS = {"ddim": ddim_step, "ddpm": p_sample}
 
 
 @torch.no_grad()
@@ -192,17 +189,18 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     steps = np.linspace(len(alpha_bars) - 1, 0, num_steps).round().astype(int)  # from T - 1 to 0
     visited = np.append(alpha_bars[steps], 1.0).tolist()  # their alpha_bars, and 1 for data
     no_labels = torch.full_like(labels, net.no_label)
+    take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
     for k in range(num_steps):
         alpha_bar, alpha_bar_prev = visited[k : k + 2]
         t = torch.full_like(labels, steps[k].item())
         eps_hat = net(x, t, labels)
-        if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6 with w = guidance
+        if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6
+            # Go from the guess without label to the one with it, and beyond: the label counts more.
             eps_hat = (1 + guidance) * eps_hat - guidance * net(x, t, no_labels)
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
-        # At large t, this magnifies errors of eps_hat. So clamp: in Algorithm 2, a deviation.
-        x_0_hat = x_0_hat.clamp(-1, 1)
+        x_0_hat = x_0_hat.clamp(-1, 1)  # as the authors' code, for errors are large at large t
         yield num_steps - k, x, x_0_hat
-        x = SAMPLERS[sampler](x_0_hat, x, alpha_bar, alpha_bar_prev)
+        x = take_step(x_0_hat, x, alpha_bar, alpha_bar_prev)
     yield 0, x, x
 
 
@@ -217,7 +215,7 @@ def train(net, ema, images, labels, options, path, state):
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
     alpha_bars = make_schedule(options["num_timesteps"]).float().to(images.device)
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
-    if state.get("optimizer"):  # the model in tests/models has none
+    if state.get("optimizer"):  # a published model comes without, {}
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = options["learning_rate"]
     B = options["train_batch_size"]
@@ -225,7 +223,8 @@ def train(net, ema, images, labels, options, path, state):
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
     saved = time.time()
     for step in bar:
-        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # to resume exactly
+        # A seed for each step and process: a resumed run draws what it would have drawn.
+        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)
         indices = torch.randint(len(images), (B // WORLD_SIZE,))
         x_0 = images[indices] / 127.5 - 1  # from 0..255 to -1..1, as in the paper's section 3.3
         loss = loss_simple(model, alpha_bars, x_0, labels[indices], net.no_label)
@@ -237,16 +236,15 @@ def train(net, ema, images, labels, options, path, state):
         with torch.no_grad():
             for average, weight in zip(ema.parameters(), net.parameters()):
                 average.lerp_(weight, 1 - decay)
-        if step % 20 == 0:  # reading the loss waits for the GPU, so do it rarely
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         stop = torch.tensor(len(SIGNALS), device="cpu")
         if WORLD_SIZE > 1:
             distributed.all_reduce(stop)  # so that all processes stop after the same step
         if RANK == 0 and (stop > 0 or step + 1 == steps.stop or time.time() > saved + 60):
             if not loss.isfinite():
-                raise OSError("the loss is not finite: try a smaller --learning_rate")
-            weights = {"net": net, "ema": ema, "optimizer": optimizer}
-            weights = {name: part.state_dict() for name, part in weights.items()}
+                sys.exit("ddpm_unet.py: error: the loss is not finite: lower --learning_rate")
+            parts = {"net": net, "ema": ema, "optimizer": optimizer}
+            weights = {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(path, {"options": options, "step": step + 1, **weights})
             saved = time.time()
         if stop > 0:
@@ -265,19 +263,19 @@ def tile(x, columns):
 
 
 def sample(net, args, out):
-    """Draw images, label after label. Save them, and a GIF that shows how they emerge."""
+    """Draw images of all labels in turn. Save them, and a GIF that shows how they emerge."""
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
     classes = torch.tensor(args.label or range(args.num_classes))
     if classes.min() < 0 or classes.max() >= args.num_classes:
-        raise OSError(f"--label {args.label}: the labels go from 0 to {args.num_classes - 1}")
+        sys.exit(f"ddpm_unet.py: error: --label: choose from 0 to {args.num_classes - 1}")
     labels = classes[torch.arange(len(x)) % len(classes)]
     alpha_bars = make_schedule(args.num_timesteps)
     num_steps = min(args.sampling_steps, args.num_timesteps)
     chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
     frames = []
     for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-        if steps_left % max(1, num_steps // 50) == 0:  # at most 100 times
+        if steps_left % max(1, num_steps // 50) == 0:  # 50 to 99 frames
             frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))
@@ -285,7 +283,7 @@ def sample(net, args, out):
 
 
 # %% 8. Files and command line
-# A checkpoint holds these options; those of MODEL are the arguments of UNet.
+# A checkpoint holds these options. channels and num_classes are no flags: the data decide.
 MODEL = ["channels", "num_classes", "num_timesteps", "base_channels", "channel_mults"]
 TRAINING = ["dataset", "image_size", "train_batch_size", "num_epochs", "learning_rate", "seed"]
 
@@ -293,7 +291,8 @@ TRAINING = ["dataset", "image_size", "train_batch_size", "num_epochs", "learning
 def save_checkpoint(path, content):
     """Save under another name, then rename, so that model.pt is always complete."""
     temporary = path.with_suffix(".part")
-    torch.save(content, temporary)
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
     temporary.replace(path)
 
 
@@ -303,17 +302,16 @@ def load_checkpoint(path, device):
         state = torch.load(path, map_location=device, weights_only=True)
         return {name: state[name] for name in ("options", "step", "net", "ema", "optimizer")}
     except Exception as error:
-        raise OSError(f"cannot use {path}: {error!r:.200}") from error
+        raise SystemExit(f"ddpm_unet.py: error: cannot use {path}: {error!r:.200}") from error
 
 
 def parse_options(argv):
     """Return the parsed options and the content of the checkpoint, {} if there is none."""
-    device = str(torch.accelerator.current_accelerator(True) or "cpu")  # True: if present
-    parser = ArgumentParser(usage="ddpm_unet.py [options]", description=__doc__)
-    parser.formatter_class = RawDescriptionHelpFormatter
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    parser = ArgumentParser(usage="ddpm_unet.py [options]", description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("--dataset", default="mnist", help="mnist, or a folder of images; its folders are classes")
-    flag("--image_size", type=int, default=28, help="pixels on each side; digits always have 28")
+    flag("--image_size", type=int, default=28, help="pixels on each side; MNIST has 28")
     flag("--num_timesteps", type=int, default=1000, help="number of diffusion steps T")
     flag("--base_channels", type=int, default=24, choices=[8, 16, 24, 32, 64, 128], help="width")
     flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
@@ -323,7 +321,7 @@ def parse_options(argv):
     flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
     flag("--guidance", type=float, default=0.5, help="above 0: clearer classes, less variety")
-    flag("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: with T steps, Algorithm 2")
+    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm is Algorithm 2")
     flag("--sampling_steps", type=int, default=50, help="fewer are quicker, T at most")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")
@@ -348,7 +346,7 @@ def main(argv=None):
     started = time.time()
     args, state = parse_options(argv)
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, process {RANK}")
-    torch.set_default_device(args.device)
+    torch.set_default_device(args.device)  # where all new tensors are made
     if WORLD_SIZE > 1:
         distributed.init_process_group()
         if args.device != "cpu":
@@ -359,7 +357,7 @@ def main(argv=None):
     if args.resume is not None:
         out = Path(args.resume).parent
     elif (out / "model.pt").exists():
-        raise OSError(f"{out} holds a trained model: name another --output_dir, or --resume it")
+        sys.exit(f"ddpm_unet.py: error: {out} holds a model: --resume it, or change --output_dir")
     out.mkdir(parents=True, exist_ok=True)
     if args.checkpoint is None:
         images, labels = load_images(args.dataset, args.data_dir, args.image_size)
@@ -378,7 +376,7 @@ def main(argv=None):
         train(net, ema, images, labels, options, out / "model.pt", state)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if RANK > 0 or signal.SIGTERM in SIGNALS:  # after Ctrl-C, go on to draw samples
+        if RANK > 0 or signal.SIGTERM in SIGNALS:  # after Ctrl-C, process 0 goes on
             sys.exit()
     sample(ema, args, out)
     facts = {"options": vars(args), "seconds": time.time() - started, "torch": torch.__version__}
@@ -392,8 +390,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download", "unexpected pos"
-        # These mean no memory, a wrong checkpoint, no network, a full disk: not bugs of this file.
+        # RuntimeErrors that are no bugs: too little memory, a model of another size, no network
+        words = "allocate", "state_dict", "download"
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"ddpm_unet.py: error: {' '.join(str(error).split())}")

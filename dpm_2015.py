@@ -13,10 +13,9 @@ x is (B, D): B examples of D numbers or bits. t is one number, or (B, 1): one fo
 
 import json
 import math
-import signal
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -28,7 +27,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
 
-Distribution.set_default_validate_args(False)  # the last draw has the variance 0
+Distribution.set_default_validate_args(False)  # q(x_0 | x_0) has the variance 0
 
 
 # %% 1. Data
@@ -56,16 +55,17 @@ def load_data(dataset, data_dir):
         from torchvision.datasets import MNIST
 
         x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
-        x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # 7 becomes 7..8, for a density
+        x = x.flatten(1)
+        x = x + torch.rand(x.shape, device="cpu")  # whole numbers have no density: 7 becomes 7..8
     shift, scale = x.mean().item(), x.std().item()
-    x = ((x - shift) / scale).to(torch.get_default_device())  # overall like the prior
+    x = ((x - shift) / scale).to(torch.get_default_device())  # mean 0, variance 1 overall
     return x[:-10_000], x[-10_000:], shift, scale
 
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
-# Steps of q are reversible: prior(a) q(b | a) = prior(b) q(a | b). So p(x_{t-1} | x_t) begins as a
-# step of q, right for data that are like the prior. z, the network's output, corrects it. All q and
-# p are distributions of torch, and process.sample draws from them.
+# Steps of q are reversible: prior(a) q(b | a) = prior(b) q(a | b), with the same q on both sides.
+# So if data were like the prior, a step of q would also lead back. p(x_{t-1} | x_t) begins as that,
+# and z, the network's output, corrects it. All q and p are distributions of torch.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -77,7 +77,7 @@ class Gaussian(nn.Module):
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
         # alpha_bar_t, the product of 1 - beta_1 to 1 - beta_t, is x_0's share of x_t's variance.
-        # At first its log-odds, signal against noise, fall in equal steps; alpha_bar_T is 0.001.
+        # Before training, its log-odds (signal against noise) fall in equal steps, to 0.001 at T.
         self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)
         log_alphas = nn.functional.logsigmoid(self.log_odds).diff()  # log(1 - beta_t), t = 2..T
         betas = -torch.expm1(log_alphas)
@@ -93,9 +93,10 @@ class Gaussian(nn.Module):
         return Normal((log_alpha / 2).exp() * x, stddev)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule: precisions (1 / variance) add up, and so do precisions times means. The step,
-        # seen as a function of x_{t-1}, has mean x_t / sqrt(1 - beta), precision (1 - beta) / beta.
-        before, beta = self.q(x_0, 0, t - 1), self.q(x_t, t - 1, t).variance
+        # Bayes' rule: q(x_{t-1} | x_0) times a step, which as a function of x_{t-1} has precision
+        # (1 - beta) / beta. Precisions, 1 / variance, add up, and so do precisions times means.
+        before = self.q(x_0, 0, t - 1)
+        beta = self.q(x_t, t - 1, t).variance  # the same for any x
         variance = 1 / (1 / before.variance + (1 - beta) / beta)
         mean = variance * (before.mean / before.variance + (1 - beta).sqrt() * x_t / beta)
         return Normal(mean, variance.sqrt())
@@ -103,13 +104,13 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # deviation: eq. 65 is not q if z = 0
+        mu = step.mean + step.stddev * z_mu  # deviation: with eq. 65, z = 0 would not give q
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
 
 class Binomial(nn.Module):
-    """Binomial diffusion. One step draws each bit anew from the prior, with probability beta_t."""
+    """Binomial diffusion of bits. A step draws each bit anew, with probability beta_t."""
 
     sample = staticmethod(Bernoulli.sample)
     z_per_x = 1
@@ -140,18 +141,19 @@ class Binomial(nn.Module):
 
 # %% 3. The bound: what training maximises
 def bound(model, x_0):
-    """Return estimates (B,) of K, in bits, from x_0 (B, D), and the random t (B, 1) used: eq. 14.
+    """Return estimates (B,) of K (eq. 14), in bits, from x_0 (B, D), and the random t (B, 1) used.
 
-    K = -sum_{t=2}^T E KL(posterior || p_reverse) + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
-    is, on average over data, E_q log(p(x_0..x_T) / q(x_1..x_T | x_0)) <= log p(x_0), by Jensen:
-    - t >= 2: q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0), by Bayes.
-      This gives T - 1 KLs, and ratios that telescope to q(x_1 | x_0) / q(x_T | x_0) in p / q;
-    - p(x_T) gives -H_p(x_T): log prior is linear in x^2 (for bits, in x), of which data have the
-      same mean as the prior, and q keeps it;
-    - t = 1 gives 0: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, p / q is
-      prior(x_0) / prior(x_1), whose logarithm has the mean 0, for the same reason.
-    If z = 0, each t gives prior(x_{t-1}) / prior(x_t). With p(x_T), they multiply to prior(x_0): so
-    the mean of K is that of log prior(x_0), L_null. A network that learns nothing has it.
+    K = H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T) - sum_{t=2}^T E_q KL(posterior || p_reverse)
+
+    By Jensen, log p(x_0) >= E_q log(p(x_0..x_T) / q(x_1..x_T | x_0)). On average over data, this is
+    K: p / q is p(x_T), times a factor p(x_{t-1} | x_t) / q(x_t | x_{t-1}) for each t.
+    - p(x_T) gives -H_p(x_T): prior, scaled data and x_T have the same mean of x^2 (for bits, of x).
+    - t >= 2: by Bayes, q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0). So
+      we get T - 1 KLs, and fractions that cancel but for q(x_1 | x_0) / q(x_T | x_0): H_q twice.
+    - t = 1: p(x_0 | x_1) is fixed, a step of q (eq. 44). Steps are reversible, so the factor is
+      prior(x_0) / prior(x_1), and the mean of its logarithm is 0.
+    If z = 0, all factors are like that, and with p(x_T) they multiply to prior(x_0). Then K is, on
+    average, log prior(x_0): that is L_null, which a network gets that learns nothing.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -162,8 +164,7 @@ def bound(model, x_0):
     H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H_q(x_T | x_0)
     H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H_q(x_1 | x_0)
     H_prior = x_0.shape[1] * process.prior.entropy()  # H_p(x_T)
-    # One t and x_t for each x_0: T - 1 times their KL has the sum of all as its mean.
-    K = -(process.T - 1) * kl + H_end - H_start - H_prior
+    K = -(process.T - 1) * kl + H_end - H_start - H_prior  # one random kl stands for all T - 1
     return K / math.log(2), t
 
 
@@ -171,8 +172,8 @@ def bound(model, x_0):
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
-    An MLP computes, from all of x_t, features for each of its D numbers. A small network, the same
-    for all D, turns features and number into outputs, which eq. 62 mixes to z.
+    From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
+    for all D, turns a number and its features into 10 outputs y_j. z is a mixture of these, by t.
     Deviation: the paper has radial basis functions for points and sigmoids for bits.
     """
 
@@ -187,8 +188,8 @@ class Model(nn.Module):
         self.read_out = nn.Linear(4 * features, 10 * process.z_per_x)
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
-        # g_j(t), eq. 63, a table (T, 10): ten bumps along t that sum to 1, evenly spaced in the
-        # initial log-odds. So they are also in t, as in the paper, but not for bits: a deviation.
+        # The mixture: g_j(t), eq. 63, a table (T, 10). These are ten bumps that sum to 1, evenly in
+        # log-odds. For Gaussians, that is evenly in t, as in the paper; for bits, a deviation.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
@@ -233,8 +234,6 @@ def train(model, rows, options, path, state):
         optimizer.load_state_dict(state["optimizer"])
     steps = range(state.get("step", 0), options["num_training_steps"])
     bar = tqdm(steps, "training", steps.stop, initial=steps.start)
-    stop = []  # after Ctrl-C, no longer empty: save, stop, go on to draw samples
-    handler = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
     for step in bar:
         torch.manual_seed(options["seed"] * 10**9 + step)  # resuming draws the same
         rate = min((step + 1) / 100, 1 - step / steps.stop)  # up in 100 steps, then down to 0
@@ -242,22 +241,20 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # less weight for small t: a lower K, but better shapes
-            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, for any x
+        if options["dataset"] == "mnist":  # less weight for small t: a lower K, better shapes
+            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(K=f"{K.mean().item():.2f} bits", refresh=False)
-        if stop or (step + 1) % 500 == 0 or step + 1 == steps.stop:
+        if (step + 1) % 500 == 0 or step + 1 == steps.stop:
             if not K.isfinite().all():
-                sys.exit("dpm_2015.py: error: K is not finite: try a smaller --learning_rate")
-            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({"options": options, "step": step + 1, **content}, path.with_suffix(".part"))
+                sys.exit("dpm_2015.py: error: K is not finite: lower --learning_rate")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            with open(path.with_suffix(".part"), "wb") as file:
+                torch.save({"options": options, "step": step + 1, **state}, file)
             path.with_suffix(".part").replace(path)  # so that model.pt is always complete
-        if stop:
-            break
-    signal.signal(signal.SIGINT, handler)
 
 
 # %% 7. Pictures and figures
@@ -305,9 +302,8 @@ def evaluate(model, test_rows, num_samples, out):
 # %% 8. Command line
 def parse_options(argv):
     """Return the parsed options and the content of the checkpoint, {} if there is none."""
-    device = str(torch.accelerator.current_accelerator(True) or "cpu")  # None if absent
-    parser = ArgumentParser(usage="dpm_2015.py [options]", description=__doc__)
-    parser.formatter_class = RawDescriptionHelpFormatter
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    parser = ArgumentParser(usage="dpm_2015.py [options]", description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("--dataset", default="swiss_roll", choices=[*POINTS, *BITS, "mnist"], help="what to learn")
     flag("--num_timesteps", type=int, default=40, help="number of diffusion steps T")
@@ -331,7 +327,7 @@ def parse_options(argv):
             state = torch.load(path, map_location=args.device, weights_only=True)
             state = {name: state[name] for name in ("options", "step", "model", "optimizer")}
         except Exception as error:
-            parser.error(f"cannot use {path}: {error!r:.200}")
+            raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
     options = state.get("options", {"dataset": args.dataset})
     if options["dataset"] in BITS:
         parser.set_defaults(num_timesteps=2000, num_training_steps=8000)
@@ -360,7 +356,7 @@ def main(argv=None):
     if args.resume is not None:
         out = Path(args.resume).parent
     elif (out / "model.pt").exists():
-        raise OSError(f"{out} holds a trained model: name another --output_dir, or --resume it")
+        sys.exit(f"dpm_2015.py: error: {out} holds a model: --resume it, or change --output_dir")
     out.mkdir(parents=True, exist_ok=True)
     rows, test_rows, shift, scale = load_data(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
@@ -375,7 +371,10 @@ def main(argv=None):
         names = ["dataset", "num_timesteps", "hidden_size", "train_batch_size"]
         names += ["num_training_steps", "learning_rate", "seed"]
         options = {name: getattr(args, name) for name in names}
-        train(model, rows, options, out / "model.pt", state)
+        try:
+            train(model, rows, options, out / "model.pt", state)
+        except KeyboardInterrupt:
+            print("Training ends early. Next come the samples. --resume goes on from the last save")
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())
@@ -393,7 +392,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download", "PytorchStreamWriter"  # the user's, not bugs
+        # RuntimeErrors that are no bugs: too little memory, a model of another size, no network
+        words = "allocate", "state_dict", "download"
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"dpm_2015.py: error: {' '.join(str(error).split())}")

@@ -3,21 +3,20 @@
 The forward process turns data into noise in T small steps. A network learns to undo these steps.
 New data come from fresh noise, by undoing all steps. Paper: https://arxiv.org/abs/2006.11239.
 
-    python main.py                          a heart, in about a minute on two cores
+    python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
-    python main.py --dataset mnist          handwritten digits, in half an hour
+    python main.py --dataset mnist          handwritten digits, in ten minutes
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
-Each training example is one point or one digit, never a picture of the whole heart.
-x_0 is data and x_T is noise, as in the paper. But our steps have the numbers t = 0..T-1, to index
-tables: so the tensor x_t, which is x after step t, is the paper's x_{t+1}.
-B is the batch size and D the length of an example: 2 for points, 28 * 28 = 784 for digits.
+A training example is one point (D = 2 numbers) or one digit (D = 784), never the whole heart. B is
+the batch size. x_0 is data and x_T is noise, as in the paper. But our steps are t = 0..T-1, and x_t
+is x after step t: the paper's x_{t+1}. So even for t = 0, x_t has some noise.
 """
 
 import json
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +51,7 @@ def standardise(data):
     """Return (x_0, shift, scale) with x_0 = (data - shift) / scale, given data (N, D)."""
     if data.shape[1] == 784:
         shift = scale = torch.tensor(127.5)  # from 0..255 to -1..1, as in section 3.3
-    else:  # mean 0 and average variance 1, like the noise, so that every x_t has them too
+    else:  # mean 0 and average variance 1, like the noise, so that every x_t has these too
         shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
@@ -64,14 +63,15 @@ def make_schedule(T):
     # 1000 / T makes x_T noise also if T is not the paper's 1000. numpy computes in float64.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
     betas = betas.clip(max=0.999)  # for T = 20 the last would be 1, and p_sample would divide by 0
-    # Over many steps the factors multiply, and the noise adds up to the variance 1 - alpha_bar.
-    alpha_bars = np.cumprod(1 - betas)  # alpha is 1 - beta; others call this alphas_cumprod
+    # Steps 0..t multiply x_0 by sqrt(alpha_bar), where alpha_bar is the product of all 1 - beta. As
+    # each step keeps a variance of 1 at 1, the rest, 1 - alpha_bar, is the variance of the noise.
+    alpha_bars = np.cumprod(1 - betas)  # others call this alphas_cumprod
     alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
     schedule = {
         "betas": betas,
         "signal": np.sqrt(alpha_bars),  # eq. 4: x_t = signal * x_0 + noise_std * eps
         "noise_std": np.sqrt(1 - alpha_bars),  # where eps is drawn from N(0, I)
-        "posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),  # eq. 7
+        "posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),  # for p_sample
     }
     return SimpleNamespace(**{name: torch.tensor(np.float32(x)) for name, x in schedule.items()})
 
@@ -91,7 +91,7 @@ def sinusoidal_embedding(x, size, scale):
 
 
 class MLP(nn.Module):
-    """A residual MLP that maps x_t (B, D) and t (B,) to its prediction (B, D) of eps or x_0."""
+    """A residual MLP that maps x_t (B, D) and t (B,) to a guess (B, D) of eps or x_0."""
 
     def __init__(self, data_dim, hidden_size, hidden_layers, embedding_size, num_timesteps):
         super().__init__()
@@ -107,7 +107,7 @@ class MLP(nn.Module):
 
     def forward(self, x_t, t):
         inputs = [x_t]
-        if x_t.shape[1] == 2:  # the shortest wave, 2 pi / 25 = 0.25 long, shows fine detail
+        if x_t.shape[1] == 2:  # points: waves as short as 2 pi / 25 = 0.25 show fine detail
             inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]
         temb = sinusoidal_embedding(t, self.embedding_size, self.time_scale)
         h = F.silu(self.first(torch.cat((*inputs, temb), dim=1)))  # (B, hidden_size)
@@ -120,9 +120,9 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). For eps it is L_simple, eq. 14.
 
-    The bound on -log p(x_0), eq. 12, multiplies the error of step t by a weight: with T = 1000 and
-    sigma_t^2 = beta_t, 0.5 for the first step and 0.005 to 0.01 for most. L_simple drops it.
-    Digits need x_0: pure noise, 784 unrelated numbers, is more than hidden layers can pass on.
+    The bound on -log p(x_0), eq. 12, gives each step a weight: if sigma_t^2 = beta_t, the first has
+    50 to 100 times more than most. L_simple drops the weights, and samples get better.
+    Digits use x_0: eps, 784 unrelated numbers, does not fit through 768 units. Digits are simpler.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -136,18 +136,19 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: from x_t (B, D) draw x_{t-1} (B, D), or data if t is 0.
 
-    By Bayes' rule, x_{t-1} is Gaussian if x_t and x_0 are known (eq. 6, 7). x_0_hat stands for x_0.
+    By Bayes' rule, x_{t-1} is Gaussian if x_t and x_0 are known (eq. 6, 7). We put a guess x_0_hat
+    in place of x_0. In line 4, x_0 is written as (x_t - noise_std * eps) / signal (eq. 15).
     """
     beta = schedule.betas[t]
     signal = schedule.signal[t]
     noise_std = schedule.noise_std[t]
     output = model(x_t, torch.full((len(x_t),), t))
-    x_0_hats = {"eps": (x_t - noise_std * output) / signal, "x_0": output}  # for eps: eq. 15
-    # At large t, signal is small: to divide by it magnifies errors. So clip to the data's range.
+    x_0_hats = {"eps": (x_t - noise_std * output) / signal, "x_0": output}
+    # Dividing by a small signal magnifies errors. So clip to the data's range, as the authors do.
     x_0_hat = x_0_hats[predict].clamp(-limit, limit)
     eps_hat = (x_t - signal * x_0_hat) / noise_std  # the noise that fits the clipped x_0_hat
-    mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4: the mean of eq. 7
-    # Its variance is beta_tilde_t (eq. 7), 0 if t is 0. The paper's section 3.2 also tries beta_t.
+    mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4
+    # The variance is beta_tilde_t (eq. 7), 0 if t is 0. The paper's section 3.2 also tries beta_t.
     return mean + schedule.posterior_std[t] * torch.randn_like(x_t)
 
 
@@ -163,9 +164,9 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 
 # %% 7. Training
 def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_rate):
-    """Train by Algorithm 1. Write model.pt and training.gif into out. config is made in main."""
+    """Train by Algorithm 1. Write model.pt (with config) and training.gif into the folder out."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
-    snapshot_epochs = [num_epochs * k**2 // 36 for k in range(6)]  # many early, few late
+    snapshot_epochs = [num_epochs * k**2 // 6**2 for k in range(6)]  # of 300: 0, 8, 33, 75, ...
     frames = []
     bar = tqdm(range(num_epochs), "training")
     try:
@@ -221,7 +222,7 @@ def draw(title, x, colour, data):
 
 
 def animate(model, schedule, config, out, num_samples, every):
-    """Draw samples (N, D) and return them. Save a GIF of data to noise, and noise to samples."""
+    """Run p_sample_loop, and return samples (N, D). Save a GIF: data to noise to samples."""
     T = len(schedule.betas)
     x_0 = config["examples"]
     counts = [*range(0, T, every), T]  # a frame shows x after so many steps
@@ -249,9 +250,8 @@ def energy_distance(a, b):
 
 
 # %% 9. Files and command line
-DATA_HELP = f"{', '.join(DATASETS)}, a .npy or .csv file with two numbers in each row, or mnist "
-DATA_HELP += "(offline: put {train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
-# A checkpoint holds these options. They make the model, so they win over the command line.
+CHOICES = f"choose {', '.join(DATASETS)}, a .npy or .csv file with two numbers a row, or mnist "
+CHOICES += "(offline: put {train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
 MODEL = ["dataset", "predict", "num_timesteps", "embedding_size", "hidden_size", "hidden_layers"]
 DIGITS = {  # the defaults for mnist; those for points are in parse_options
     "predict": "x_0",
@@ -261,7 +261,6 @@ DIGITS = {  # the defaults for mnist; those for points are in parse_options
     "num_epochs": 34,
     "learning_rate": 4e-3,
     "show_image_step": 20,
-    "threads": torch.get_num_threads(),
 }
 
 
@@ -277,16 +276,17 @@ def load_data(name, data_dir):
         points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
         points = torch.from_numpy(points.astype(np.float32))
     except Exception as error:
-        raise OSError(f"--dataset {name}: {error}; choose {DATA_HELP}") from error
+        raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; {CHOICES}") from error
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < 100 or not points.std(0).max() > 0:
-        raise OSError(f"--dataset {name}: need 100 or more rows of 2 finite numbers")
+        sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 finite numbers")
     return points.repeat(1 + 7999 // len(points), 1)  # so that an epoch has at least 8000 examples
 
 
 def save_checkpoint(path, model, config):
     """Save under another name, then rename, so that model.pt is always complete."""
     temporary = path.with_suffix(".part")
-    torch.save({**config, "weights": model.state_dict()}, temporary)
+    with open(temporary, "wb") as file:
+        torch.save({**config, "weights": model.state_dict()}, file)
     temporary.replace(path)
 
 
@@ -297,16 +297,15 @@ def load_checkpoint(path, device):
         names = [*MODEL, "shift", "scale", "limit", "examples", "weights"]
         return {name: checkpoint[name] for name in names}
     except Exception as error:
-        raise OSError(f"cannot use --checkpoint {path}: {error!r:.200}") from error
+        raise SystemExit(f"main.py: error: cannot use {path}: {error!r:.200}") from error
 
 
 def parse_options(argv):
-    """Return the parsed options and, if there is one, the checkpoint."""
-    device = str(torch.accelerator.current_accelerator(True) or "cpu")  # True: if present
-    parser = ArgumentParser(usage="main.py [options]", description=__doc__)
-    parser.formatter_class = RawDescriptionHelpFormatter
+    """Return the parsed options, and the content of the checkpoint or None."""
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    parser = ArgumentParser(usage="main.py [options]", description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("--dataset", default="heart", help=DATA_HELP)
+    flag("--dataset", default="heart", help=CHOICES)
     flag("--num_timesteps", type=int, default=200, help="number of diffusion steps T")
     flag("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
     flag("--embedding_size", type=int, default=32, help="sines and cosines, an even number")
@@ -321,36 +320,38 @@ def parse_options(argv):
     flag("--output_dir", help="folder for all files [outputs/NAME]")
     flag("--data_dir", default="data", help="holds MNIST/raw, or will")
     flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
-    flag("--threads", type=int, default=1, help="CPU threads; small networks gain little")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
-    config = {} if args.checkpoint is None else load_checkpoint(args.checkpoint, args.device)
-    if config.get("dataset", args.dataset) == "mnist":
+    checkpoint = None
+    if args.checkpoint is not None:
+        checkpoint = load_checkpoint(args.checkpoint, args.device)
+        args.dataset = checkpoint["dataset"]
+    if args.dataset == "mnist":
         parser.set_defaults(**DIGITS)
         args = parser.parse_args(argv)  # again, with these defaults
-    if config:  # the network is that of the checkpoint, whatever the flags say
-        vars(args).update({name: config[name] for name in MODEL})
+    if checkpoint is not None:  # the network is that of the checkpoint, whatever the flags say
+        vars(args).update({name: checkpoint[name] for name in MODEL})
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 1_000_000:
             parser.error(f"--{name} {value}: must be positive, and at most 1,000,000")
-    if config and args.output_dir and Path(args.output_dir, "model.pt").exists():
-        parser.error(f"--output_dir {args.output_dir} holds a trained model: name another folder")
     if args.embedding_size % 2:
         parser.error("--embedding_size must be even")
-    return args, config
+    return args, checkpoint
 
 
 def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
     started = time.perf_counter()
-    args, config = parse_options(argv)
-    torch.set_num_threads(args.threads)
-    print(f"device: {args.device}, {args.threads} CPU threads")
+    args, checkpoint = parse_options(argv)
+    if args.dataset != "mnist":
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would wait for each other
+    print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
     torch.set_default_device(None if args.device == "cpu" else args.device)  # None is faster
     torch.manual_seed(args.seed)
-    name = Path(args.dataset).stem + ("_samples" if config else "")
+    name = Path(args.dataset).stem + ("" if checkpoint is None else "_samples")
     out = Path(args.output_dir or f"outputs/{name}")
-    if not config:
+    config = checkpoint
+    if checkpoint is None:
         data = load_data(args.dataset, args.data_dir).to(args.device)
         config = {name: getattr(args, name) for name in MODEL}
         x_0, config["shift"], config["scale"] = standardise(data)
@@ -361,13 +362,15 @@ def main(argv=None):
     schedule = make_schedule(args.num_timesteps)
     model = MLP(D, args.hidden_size, args.hidden_layers, args.embedding_size, args.num_timesteps)
     out.mkdir(parents=True, exist_ok=True)
-    if "weights" in config:
-        model.load_state_dict(config["weights"])
-    else:
+    if checkpoint is None:
         if (out / "model.pt").exists():
-            print("The earlier model is now", (out / "model.pt").replace(out / "model.old.pt"))
+            (out / "model.pt").replace(out / "model.old.pt")
         settings = (args.num_epochs, args.train_batch_size, args.learning_rate)
         train(model, schedule, x_0, config, out, *settings)
+    elif (out / "model.pt").exists():
+        sys.exit(f"main.py: error: {out} holds a trained model: name another --output_dir")
+    else:
+        model.load_state_dict(checkpoint["weights"])
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = animate(model, schedule, config, out, args.eval_batch_size, args.show_image_step)
     samples = (x * config["scale"] + config["shift"]).cpu()
@@ -376,13 +379,9 @@ def main(argv=None):
     np.save(out / "samples.npy", samples.numpy())
     distance = energy_distance(x, examples)
     reference = energy_distance(examples[torch.randint(len(examples), (len(x),))], examples)
-    facts = {
-        "options": vars(args),
-        "energy distance": distance,
-        "energy distance of real data": reference,
-        "seconds": time.perf_counter() - started,
-        "torch": torch.__version__,
-    }
+    facts = {"options": vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    facts |= {"energy distance": distance, "energy distance of real data": reference}
+    facts["seconds"] = time.perf_counter() - started
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"{out}: energy distance to the data {distance:.4f}, of real data {reference:.4f}")
 
@@ -392,8 +391,9 @@ if __name__ == "__main__":
         main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as error:
-        reasons = "allocate", "unexpected pos"  # no memory, full disk: not bugs of this file
-        if isinstance(error, RuntimeError) and not any(reason in str(error) for reason in reasons):
+    except OSError as error:  # a full disk, a folder that cannot be written
+        sys.exit(f"main.py: error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):
             raise
-        sys.exit(f"main.py: error: {' '.join(str(error).split())}")
+        sys.exit("main.py: error: too large for the memory of this computer")

@@ -459,7 +459,7 @@ def test_two_processes_are_one_with_both_halves(colour, tmp_path, monkeypatch):
     assert together.wait(600) == 0 and {*os.listdir(tmp_path / "two")} == SAMPLES | {"model.pt"}
     one, two = (weights_of(tmp_path / name / "model.pt")[2] for name in ("one", "two"))
     for a, b in zip(one.values(), two.values()):
-        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-3, atol=1e-4)
 
 
 # %% Command line
@@ -474,14 +474,14 @@ SOURCES = [f"{flag} {name}" for flag in ("--checkpoint", "--resume") for name in
 BAD += [(options, "cannot use " + options.split(" ")[1] + ": ") for options in SOURCES]
 FILES = ["--output_dir file", "--output_dir file/out", "--dataset file", "--dataset missing"]
 BAD += [(options, options.split()[1]) for options in FILES]
-BAD += [(options, "the loss is not finite: try a smaller --learning_rate") for options in NANS]
+BAD += [(options, "the loss is not finite: lower --learning_rate") for options in NANS]
 BAD += [
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
     ("--checkpoint model.pt --base_channels 16", "size mismatch for"),
-    ("--checkpoint model.pt --label -1", "--label [-1]: the labels go from 0 to 2"),
-    ("--checkpoint model.pt --label 3", "--label [3]: the labels go from 0 to 2"),
-    ("--checkpoint model.pt --output_dir .", "holds a trained model"),
-    ("--output_dir .", "holds a trained model"),
+    ("--checkpoint model.pt --label -1", "--label: choose from 0 to 2"),
+    ("--checkpoint model.pt --label 3", "--label: choose from 0 to 2"),
+    ("--checkpoint model.pt --output_dir .", "holds a model"),
+    ("--output_dir .", "holds a model"),
     ("--dataset damaged", "cannot read damaged/./b.png: "),
     ("--dataset none", "no valid file"),
     ("--dataset mnist --data_dir .", "downloading"),

@@ -25,7 +25,7 @@ from PIL import Image
 
 import main
 
-torch.set_num_threads(1)  # as main.py does for points
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--num_timesteps 8 --embedding_size 8 --hidden_size 16 --hidden_layers 1 --num_epochs 1"
 TINY = f"{SMALL} --show_image_step 8 --num_samples 50 --device cpu".split()
@@ -293,6 +293,7 @@ def test_draw():
 def start(*options, **keywords):
     """Start main.py in a process of its own."""
     command, pipe = map(str, (sys.executable, ROOT / "main.py", *options)), subprocess.PIPE
+    keywords["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(list(command), stdout=pipe, stderr=pipe, **keywords)
 
 
@@ -405,7 +406,7 @@ TEXTS |= {"few.csv": "1,2\n" + "2,1\n" * 98, "nan.csv": "1,2\n" * 100 + "nan,1\n
 COUNTS = "num_timesteps embedding_size hidden_size hidden_layers train_batch_size num_epochs"
 BAD = [f"--{name} {v}" for name in COUNTS.split() for v in ("0", "-2", "1000002", "many", "2.5")]
 BAD += [f"--learning_rate {value}" for value in ("0", "-1", "nan", "inf", "fast")]
-BAD += ["--eval_batch_size 0", "--show_image_step 0", "--threads 0", "--seed x", "--colour red"]
+BAD += ["--eval_batch_size 0", "--show_image_step 0", "--seed x", "--colour red"]
 BAD += ["--embedding_size 7", "--predict v", "--device abacus"]
 BAD += [f"--dataset {name}" for name in [*TEXTS, "spiral", "missing.csv", "missing.npy", "mnist"]]
 BAD += [f"--checkpoint {k}.pt" for k in ("missing", "text", "empty", "other", "evil", "no_scale")]
