@@ -1,14 +1,15 @@
 """DDPM with a U-Net: Denoising Diffusion Probabilistic Models on images, complete, in one file.
 
-T small steps turn an image x_0 into noise. A U-Net learns to guess the noise in x_t, and so x_0.
-Small steps towards its guesses turn noise into an image. Paper: https://arxiv.org/abs/2006.11239.
+T small steps turn an image x_0 into noise. A U-Net learns to guess the noise in x_t, and without it
+x_0 is left. Steps towards such guesses turn noise into images. https://arxiv.org/abs/2006.11239
 
     python ddpm_unet.py                                     MNIST, in about an hour on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
-x_0 is data and x_T is noise. Our steps are t = 0..T-1; x_t is x after step t: the paper's x_{t+1}.
+x_0 is clean data, as in the paper. But our steps t = 0..T-1 are its steps 1..T: the variable x_t at
+t = 0 has had one step of noise, and is the paper's x_1. alpha_bars[0] is its alpha_bar_1.
 x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
 """
 
@@ -68,21 +69,22 @@ def load_images(dataset, data_dir, size):
 
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
-    """Return alpha_bars (T,): products of 1 - beta. Other programs call them alphas_cumprod."""
+    """Return alpha_bars (T,): products of alpha_t = 1 - beta_t. Others call them alphas_cumprod."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
-    # 1000 / T makes x_T noise also if T is not the paper's 1000. numpy computes in float64.
+    # 1000 / T lets the last x be noise for every T, not only for the paper's 1000.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
-    return torch.from_numpy(np.cumprod(1 - betas.clip(max=0.999)))  # for T = 20, a beta is 1
+    betas = betas.clip(max=0.999)  # for T = 20 the last would be 1, and eq. 15 would divide by 0
+    return torch.from_numpy(np.cumprod(1 - betas))
 
 
 def q_sample(x_0, alpha_bar, eps):
-    """Return x_t: images x_0 with the noise eps of all steps up to t, in one jump (eq. 4)."""
+    """Return x_t: x_0 after all steps up to t, in one jump; eps is from N(0, I) (eq. 4)."""
     return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * eps
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     """Return mean and variance of q(x_{t-1} | x_t, x_0), a Gaussian by Bayes' rule (eq. 6, 7)."""
-    alpha = alpha_bar / alpha_bar_prev  # alpha_t; if steps are skipped, the product of all
+    alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)  # beta_tilde_t
@@ -91,12 +93,12 @@ def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
 
 # %% 3. Network: a small version of the paper's U-Net (appendix B)
 def conv(C_in, C):
-    """Return group norm, SiLU and a 3x3 convolution: (B, C_in, H, W) to (B, C, H, W)."""
+    """Return group norm, SiLU, 3x3 convolution: (B, C_in, H, W) to (B, C, H, W), C features."""
     return nn.Sequential(nn.GroupNorm(8, C_in), nn.SiLU(), nn.Conv2d(C_in, C, 3, padding=1))
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a shortcut: h (B, C_in, H, W) and temb (B, E) to (B, C, H, W)."""
+    """Two convolutions and a shortcut: h (B, C_in, H, W) and temb (B, E), for t and label, to h."""
 
     def __init__(self, C_in, C, E):
         super().__init__()
@@ -107,8 +109,8 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv_2[-1].weight)  # so training starts close to the shortcut
 
     def forward(self, h, temb):
-        x = self.conv_1(h) + self.temb(temb)[:, :, None, None]  # a number for each channel
-        return self.shortcut(h) + self.conv_2(x)
+        y = self.conv_1(h) + self.temb(temb)[:, :, None, None]  # adds one number to each channel
+        return self.shortcut(h) + self.conv_2(y)
 
 
 class UNet(nn.Module):
@@ -124,15 +126,16 @@ class UNet(nn.Module):
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.downs = nn.ModuleList()  # for widths 24, 48, 96: from 24 to 24, then 24 to 48
-        self.ups = nn.ModuleList()  # from 48 + 24 to 24, and 96 + 48 to 48; forward reverses them
+        # Say 24, 48, 96: down 24 to 24, 24 to 48, middle 48 to 96, up 96 + 48 to 48, 48 + 24 to 24
+        self.downs = nn.ModuleList()
+        self.ups = nn.ModuleList()  # ups[k] undoes downs[k]; its input is h from below and a skip
         C_in = widths[0]
-        for C, C_below in pairwise(widths):  # (24, 48), then (48, 96)
+        for C, C_below in pairwise(widths):
             self.downs.append(ResBlock(C_in, C, E))
-            self.ups.append(ResBlock(C_below + C, C, E))  # its input: h from below, and the skip
+            self.ups.append(ResBlock(C_below + C, C, E))
             C_in = C
         C = widths[-1]
-        self.middle_1 = ResBlock(C_in, C, E)  # from 48 to 96
+        self.middle_1 = ResBlock(C_in, C, E)
         self.attention = nn.MultiheadAttention(C, num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(C, C, E)
         self.last = conv(widths[0], channels)
@@ -172,14 +175,14 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 # %% 5. Sampling
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2. Its line 4 draws from eq. 6, with the guess x_0_hat for x_0."""
+    """Take one step of Algorithm 2: draw from eq. 6 with x_0_hat for x_0. Line 4 says the same."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take one step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 with sigma_t = 0."""
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # for a clamped x_0_hat
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # for the clamped x_0_hat
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 
@@ -187,18 +190,18 @@ def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
     steps = np.linspace(len(alpha_bars) - 1, 0, num_steps).round().astype(int)  # from T - 1 to 0
-    visited = np.append(alpha_bars[steps], 1.0).tolist()  # their alpha_bars, and 1 for data
+    visited_alpha_bars = np.append(alpha_bars[steps], 1.0).tolist()  # 1 is for clean data
     no_labels = torch.full_like(labels, net.no_label)
     take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
     for k in range(num_steps):
-        alpha_bar, alpha_bar_prev = visited[k : k + 2]
+        alpha_bar, alpha_bar_prev = visited_alpha_bars[k : k + 2]  # prev is nearer to the data
         t = torch.full_like(labels, steps[k].item())
         eps_hat = net(x, t, labels)
         if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6
             # Go from the guess without label to the one with it, and beyond: the label counts more.
             eps_hat = (1 + guidance) * eps_hat - guidance * net(x, t, no_labels)
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
-        x_0_hat = x_0_hat.clamp(-1, 1)  # as the authors' code, for errors are large at large t
+        x_0_hat = x_0_hat.clamp(-1, 1)  # as the authors' code: the division magnifies errors
         yield num_steps - k, x, x_0_hat
         x = take_step(x_0_hat, x, alpha_bar, alpha_bar_prev)
     yield 0, x, x
@@ -215,7 +218,7 @@ def train(net, ema, images, labels, options, path, state):
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
     alpha_bars = make_schedule(options["num_timesteps"]).float().to(images.device)
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
-    if state.get("optimizer"):  # a published model comes without, {}
+    if state.get("optimizer"):  # {} in the model of this repository
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = options["learning_rate"]
     B = options["train_batch_size"]
@@ -237,9 +240,9 @@ def train(net, ema, images, labels, options, path, state):
             for average, weight in zip(ema.parameters(), net.parameters()):
                 average.lerp_(weight, 1 - decay)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        stop = torch.tensor(len(SIGNALS), device="cpu")
+        stop = torch.tensor(len(SIGNALS), device="cpu")  # a tensor, so that processes can add it up
         if WORLD_SIZE > 1:
-            distributed.all_reduce(stop)  # so that all processes stop after the same step
+            distributed.all_reduce(stop)  # and all stop after the same step
         if RANK == 0 and (stop > 0 or step + 1 == steps.stop or time.time() > saved + 60):
             if not loss.isfinite():
                 sys.exit("ddpm_unet.py: error: the loss is not finite: lower --learning_rate")
@@ -263,7 +266,7 @@ def tile(x, columns):
 
 
 def sample(net, args, out):
-    """Draw images of all labels in turn. Save them, and a GIF that shows how they emerge."""
+    """Draw images of all labels in turn. Save them, and a GIF: x_t on the left, x_0_hat right."""
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
     classes = torch.tensor(args.label or range(args.num_classes))
@@ -275,15 +278,14 @@ def sample(net, args, out):
     chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
     frames = []
     for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-        if steps_left % max(1, num_steps // 50) == 0:  # 50 to 99 frames
+        if steps_left % max(1, num_steps // 50) == 0:  # of up to 99 steps, all
             frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))
     np.save(out / "samples.npy", to_bytes(x_t).permute(0, 2, 3, 1).squeeze(3))
 
 
-# %% 8. Files and command line
-# A checkpoint holds these options. channels and num_classes are no flags: the data decide.
+# %% 8. Files, command line, and main, which puts everything together
 MODEL = ["channels", "num_classes", "num_timesteps", "base_channels", "channel_mults"]
 TRAINING = ["dataset", "image_size", "train_batch_size", "num_epochs", "learning_rate", "seed"]
 
@@ -316,7 +318,7 @@ def parse_options(argv):
     flag("--base_channels", type=int, default=24, choices=[8, 16, 24, 32, 64, 128], help="width")
     flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
     flag("--train_batch_size", "-b", type=int, default=32, help="images in a training step")
-    flag("--num_epochs", "-e", type=int, default=5, help="training time, in passes over the data")
+    flag("--num_epochs", "-e", type=int, default=5, help="training time, in sizes of the data set")
     flag("--learning_rate", "-l", type=float, default=1e-3, help="of Adam")
     flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
@@ -333,8 +335,8 @@ def parse_options(argv):
     args = parser.parse_args(argv)
     path = args.resume if args.checkpoint is None else args.checkpoint
     state = {} if path is None else load_checkpoint(path, args.device)
-    parser.set_defaults(**state.get("options", {}))
-    args = parser.parse_args(argv)  # again: what the checkpoint holds is now the default
+    parser.set_defaults(**state.get("options", {}))  # also channels, num_classes: no flags
+    args = parser.parse_args(argv)  # again, with these, but the command line wins
     for name, value in vars(args).items():
         if name not in ("seed", "guidance") and isinstance(value, (int, float)) and not value > 0:
             parser.error(f"--{name} {value}: must be positive")
@@ -376,7 +378,7 @@ def main(argv=None):
         train(net, ema, images, labels, options, out / "model.pt", state)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if RANK > 0 or signal.SIGTERM in SIGNALS:  # after Ctrl-C, process 0 goes on
+        if RANK > 0 or signal.SIGTERM in SIGNALS:  # after Ctrl-C, draw samples
             sys.exit()
     sample(ema, args, out)
     facts = {"options": vars(args), "seconds": time.time() - started, "torch": torch.__version__}

@@ -27,18 +27,17 @@ from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
 
-Distribution.set_default_validate_args(False)  # q(x_0 | x_0) has the variance 0
+Distribution.set_default_validate_args(False)  # for q(x, 0, 0), of variance 0
 
 
 # %% 1. Data
 def swiss_roll():
     """Return points (100000, 2) on a spiral, with noise: a curve alone has no density."""
     u = torch.pi * (1.5 + 3 * torch.rand(100_000))
-    spiral = torch.stack((u * u.cos(), u * u.sin()), dim=1)
-    return spiral + 0.25 * torch.randn(100_000, 2)
+    return torch.stack((u * u.cos(), u * u.sin()), dim=1) + 0.25 * torch.randn(100_000, 2)
 
 
-POINTS = {"swiss_roll": swiss_roll}  # functions that return far more than 10,000 points (N, 2)
+POINTS = {"swiss_roll": swiss_roll}  # functions: points (N, 2), of which 10,000 are for testing
 BITS = {"heartbeat": torch.eye(5).repeat(1, 4)}  # 5 examples (5, 20): a pulse in every fifth bit
 
 
@@ -50,13 +49,12 @@ def load_data(dataset, data_dir):
         return x, x, 0.0, 1.0
     if dataset in POINTS:
         x = POINTS[dataset]()
-        x = x[torch.randperm(len(x))]  # the last 10,000 will be for testing
+        x = x[torch.randperm(len(x))]  # the last ones are for testing
     else:
         from torchvision.datasets import MNIST
 
         x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
-        x = x.flatten(1)
-        x = x + torch.rand(x.shape, device="cpu")  # whole numbers have no density: 7 becomes 7..8
+        x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # for a density, 7 becomes 7..8
     shift, scale = x.mean().item(), x.std().item()
     x = ((x - shift) / scale).to(torch.get_default_device())  # mean 0, variance 1 overall
     return x[:-10_000], x[-10_000:], shift, scale
@@ -64,25 +62,25 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
 # Steps of q are reversible: prior(a) q(b | a) = prior(b) q(a | b), with the same q on both sides.
-# So if data were like the prior, a step of q would also lead back. p(x_{t-1} | x_t) begins as that,
-# and z, the network's output, corrects it. All q and p are distributions of torch.
+# So if x_{t-1} were like the prior, Bayes' rule would give, as the step back, a step of q from x_t.
+# p(x_{t-1} | x_t) begins as that, and z, the network's output, corrects it.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
-    sample = staticmethod(Normal.rsample)  # a draw through which gradients reach the betas
+    sample = staticmethod(Normal.rsample)  # sample(q) is q.rsample(): gradients reach the betas
     z_per_x = 2  # the network returns z_mu and z_sigma
 
     def __init__(self, T, beta_1, learn_betas):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        # alpha_bar_t, the product of 1 - beta_1 to 1 - beta_t, is x_0's share of x_t's variance.
-        # Before training, its log-odds (signal against noise) fall in equal steps, to 0.001 at T.
-        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)
+        # alpha_bar_t, the product (1 - beta_1) .. (1 - beta_t), is x_0's share of x_t's variance.
+        # Before training, its log-odds (signal against noise) fall evenly; alpha_bar_T is 0.001.
+        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # alpha_bar_1 = 1 - beta_1
         log_alphas = nn.functional.logsigmoid(self.log_odds).diff()  # log(1 - beta_t), t = 2..T
         betas = -torch.expm1(log_alphas)
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
-        # beta_0 is 0. beta_1 is fixed, as in the paper, to prevent overfitting.
+        # beta_0 = 0 makes alpha_bar_0 1. beta_1 is fixed, as in the paper, to prevent overfitting.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
@@ -93,8 +91,8 @@ class Gaussian(nn.Module):
         return Normal((log_alpha / 2).exp() * x, stddev)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule: q(x_{t-1} | x_0) times a step, which as a function of x_{t-1} has precision
-        # (1 - beta) / beta. Precisions, 1 / variance, add up, and so do precisions times means.
+        # Bayes' rule: q(x_{t-1} | x_0) times q(x_t | x_{t-1}). In x_{t-1}, that is a bump of mean
+        # x_t / sqrt(1 - beta), precision (1 - beta) / beta. Precisions, and those * means, add up.
         before = self.q(x_0, 0, t - 1)
         beta = self.q(x_t, t - 1, t).variance  # the same for any x
         variance = 1 / (1 / before.variance + (1 - beta) / beta)
@@ -104,13 +102,13 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # deviation: with eq. 65, z = 0 would not give q
+        mu = step.mean + step.stddev * z_mu  # unlike eq. 65, which has another mean if z = 0
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
 
 class Binomial(nn.Module):
-    """Binomial diffusion of bits. A step draws each bit anew, with probability beta_t."""
+    """Diffusion of bits. With probability beta_t, a step draws a bit anew from the prior."""
 
     sample = staticmethod(Bernoulli.sample)
     z_per_x = 1
@@ -121,14 +119,14 @@ class Binomial(nn.Module):
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
         self.register_buffer("alpha_bars", 1 - torch.arange(T + 1) / T)  # beta_t = 1 / (T - t + 1)
-        self.log_odds = self.alpha_bars[1:].logit().clamp(min=-8)  # for Model's temporal_basis
+        self.log_odds = self.alpha_bars[1:].logit().clamp(min=-8)  # -inf at T; for temporal_basis
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
         return Bernoulli(alpha * x + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule adds log-odds of x_{t-1} = 1: those given x_0, and what x_t says of it.
+        # Bayes' rule: log-odds of x_{t-1} = 1 given x_0, plus how much likelier 1 makes x_t than 0.
         before = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
@@ -141,19 +139,21 @@ class Binomial(nn.Module):
 
 # %% 3. The bound: what training maximises
 def bound(model, x_0):
-    """Return estimates (B,) of K (eq. 14), in bits, from x_0 (B, D), and the random t (B, 1) used.
+    """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
     K = H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T) - sum_{t=2}^T E_q KL(posterior || p_reverse)
 
     By Jensen, log p(x_0) >= E_q log(p(x_0..x_T) / q(x_1..x_T | x_0)). On average over data, this is
     K: p / q is p(x_T), times a factor p(x_{t-1} | x_t) / q(x_t | x_{t-1}) for each t.
-    - p(x_T) gives -H_p(x_T): prior, scaled data and x_T have the same mean of x^2 (for bits, of x).
-    - t >= 2: by Bayes, q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0). So
-      we get T - 1 KLs, and fractions that cancel but for q(x_1 | x_0) / q(x_T | x_0): H_q twice.
-    - t = 1: p(x_0 | x_1) is fixed, a step of q (eq. 44). Steps are reversible, so the factor is
-      prior(x_0) / prior(x_1), and the mean of its logarithm is 0.
-    If z = 0, all factors are like that, and with p(x_T) they multiply to prior(x_0). Then K is, on
-    average, log prior(x_0): that is L_null, which a network gets that learns nothing.
+    - p(x_T) gives -H_p(x_T): log prior(x) is a + b x^2 (for bits, a + b x), and the mean of x^2 is
+      the same for the prior, for scaled data and for all x_t.
+    - t >= 2: by Bayes, q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0). The
+      posteriors, under p(x_{t-1} | x_t), give T - 1 KLs. The fractions cancel but for
+      q(x_1 | x_0) / q(x_T | x_0), which gives H_q(x_T | x_0) - H_q(x_1 | x_0).
+    - t = 1: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, the factor is
+      prior(x_0) / prior(x_1). The mean of its logarithm is 0, for the same reason as above.
+    If z = 0, all factors are prior(x_{t-1}) / prior(x_t). With p(x_T), they multiply to prior(x_0).
+    Its mean logarithm, L_null, is the K of a network that has learned nothing.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -173,7 +173,7 @@ class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
     From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
-    for all D, turns a number and its features into 10 outputs y_j. z is a mixture of these, by t.
+    for all D, turns a number and its features into 10 outputs y_j for each z. t only mixes them.
     Deviation: the paper has radial basis functions for points and sigmoids for bits.
     """
 
@@ -198,7 +198,7 @@ class Model(nn.Module):
         """Return z (B, D), or z_mu and z_sigma (B, 2 D), for x_t (B, D) and t (B, 1)."""
         B, D = x_t.shape
         h = torch.cat((self.dense(x_t).view(B, D, -1), x_t[:, :, None]), dim=2)  # features, x_t
-        y = self.read_out(self.units(h)).view(B, -1, 10)  # (B, D or 2 D, 10)
+        y = self.read_out(self.units(h)).view(B, -1, 10)  # (B, D or 2 D, 10), sigma after its mu
         g = self.temporal_basis[t[:, 0] - 1]  # (B, 10)
         z = y @ g[:, :, None]  # eq. 62: z = sum_j g_j(t) y_j
         return z.view(B, D, -1).transpose(1, 2).flatten(1)  # all z_mu, then all z_sigma
@@ -209,9 +209,9 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws x (B, D) from the prior into data. Yield (t, x) for t = T, ..., 0.
 
-    Inpainting: x ends as x_0 (B, D) where known (D,) is true. Deviation: in the paper (2.5), this
-    part is x_0 all the time. Here it is as noisy as the rest, and each step is taken several times,
-    so that the rest can adapt: RePaint, arXiv 2201.09865, Algorithm 1. For samples, known is false.
+    Inpainting: x ends as x_0 (B, D) where known (D,) is true. In the paper (2.5), that part is x_0
+    all the time; here it is as noisy as the rest, and each step is taken several times, so that the
+    rest can adapt: RePaint, arXiv 2201.09865, Algorithm 1. For samples, known is false.
     """
     process = model.process
     x = process.prior.sample(x_0.shape)
@@ -241,8 +241,8 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # less weight for small t: a lower K, better shapes
-            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t
+        if options["dataset"] == "mnist":  # the huge KLs of small t decide only details
+            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, for all x
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -251,9 +251,9 @@ def train(model, rows, options, path, state):
         if (step + 1) % 500 == 0 or step + 1 == steps.stop:
             if not K.isfinite().all():
                 sys.exit("dpm_2015.py: error: K is not finite: lower --learning_rate")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             with open(path.with_suffix(".part"), "wb") as file:
-                torch.save({"options": options, "step": step + 1, **state}, file)
+                torch.save({"options": options, "step": step + 1, **weights}, file)
             path.with_suffix(".part").replace(path)  # so that model.pt is always complete
 
 
@@ -277,7 +277,7 @@ def draw(title, x):
 
 @torch.no_grad()
 def evaluate(model, test_rows, num_samples, out):
-    """Draw samples x, complete examples to y, estimate K. Save pictures; return x, y, figures."""
+    """Draw samples x, complete test examples from their first half (y), and estimate K."""
     T, D = model.process.T, test_rows.shape[1]
     chain = p_sample_loop(model, torch.zeros(num_samples, D), torch.zeros(D).bool(), passes=1)
     frames = []
@@ -299,7 +299,7 @@ def evaluate(model, test_rows, num_samples, out):
     return x, y, {"K": Ks.mean().item(), "standard error of K": error, "L_null": L_null}
 
 
-# %% 8. Command line
+# %% 8. Command line, and main, which puts everything together
 def parse_options(argv):
     """Return the parsed options and the content of the checkpoint, {} if there is none."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -336,7 +336,7 @@ def parse_options(argv):
         parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
     parser.set_defaults(**options)
     args = parser.parse_args(argv)  # again, with the defaults for these data
-    limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # all others must be above 0
+    limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture has 25 samples
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not value > limits.get(name, 0):
             parser.error(f"--{name} {value}: must be above {limits.get(name, 0)}")
@@ -350,7 +350,7 @@ def main(argv=None):
     digits = args.dataset == "mnist"
     torch.set_num_threads(torch.get_num_threads() if digits else 1)  # small networks gain nothing
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
-    torch.set_default_device(None if args.device == "cpu" else args.device)  # None is faster
+    torch.set_default_device(None if args.device == "cpu" else args.device)  # None: CPU, but faster
     name = args.dataset + ("" if args.checkpoint is None else "_samples")
     out = Path(args.output_dir or f"outputs/dpm_2015_{name}")
     if args.resume is not None:
@@ -379,7 +379,7 @@ def main(argv=None):
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())
     np.save(out / "inpainted.npy", (y * scale + shift).cpu())
-    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]
+    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]  # unscaled
     facts = {"options": vars(args), "figures": figures, "torch": torch.__version__}
     facts["seconds"] = time.time() - started
     (out / "run.json").write_text(json.dumps(facts, indent=2))

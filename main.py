@@ -9,8 +9,8 @@ New data come from fresh noise, by undoing all steps. Paper: https://arxiv.org/a
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
 A training example is one point (D = 2 numbers) or one digit (D = 784), never the whole heart. B is
-the batch size. x_0 is data and x_T is noise, as in the paper. But our steps are t = 0..T-1, and x_t
-is x after step t: the paper's x_{t+1}. So even for t = 0, x_t has some noise.
+the batch size. x_0 is clean data, as in the paper. But our steps t = 0..T-1 are its steps 1..T: so
+the variable x_t at t = 0 has had one step of noise. It is the paper's x_1, not x_0.
 """
 
 import json
@@ -50,8 +50,8 @@ DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # see load_data for MNIST
 def standardise(data):
     """Return (x_0, shift, scale) with x_0 = (data - shift) / scale, given data (N, D)."""
     if data.shape[1] == 784:
-        shift = scale = torch.tensor(127.5)  # from 0..255 to -1..1, as in section 3.3
-    else:  # mean 0 and average variance 1, like the noise, so that every x_t has these too
+        shift = scale = torch.tensor(127.5)  # from 0..255 to -1..1, as in the paper's section 3.3
+    else:  # mean 0 and average variance 1, as the noise has: then every x_t has them, too
         shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
@@ -59,19 +59,22 @@ def standardise(data):
 # %% 2. Noise schedule: section 4 of the paper
 def make_schedule(T):
     """Return all that depends on t alone, as tensors (T,)."""
-    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
-    # 1000 / T makes x_T noise also if T is not the paper's 1000. numpy computes in float64.
+    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). With the
+    # factor 1000 / T, the last x is noise for every T, not only for the paper's 1000.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
     betas = betas.clip(max=0.999)  # for T = 20 the last would be 1, and p_sample would divide by 0
-    # Steps 0..t multiply x_0 by sqrt(alpha_bar), where alpha_bar is the product of all 1 - beta. As
-    # each step keeps a variance of 1 at 1, the rest, 1 - alpha_bar, is the variance of the noise.
+    # Steps 0..t multiply x_0 by sqrt(alpha_bar), where alpha_bar is the product of their 1 - beta.
+    # If x_0 had variance 1, so would x_t. So the variance of the noise is the rest, 1 - alpha_bar.
     alpha_bars = np.cumprod(1 - betas)  # others call this alphas_cumprod
-    alpha_bars_prev = np.append(1.0, alpha_bars[:-1])
+    alpha_bars_prev = np.append(1.0, alpha_bars[:-1])  # one step earlier
     schedule = {
         "betas": betas,
         "signal": np.sqrt(alpha_bars),  # eq. 4: x_t = signal * x_0 + noise_std * eps
         "noise_std": np.sqrt(1 - alpha_bars),  # where eps is drawn from N(0, I)
-        "posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),  # for p_sample
+        # eq. 7: given x_t and x_0, x_{t-1} is normal, with the mean coef_x_0 * x_0 + coef_x_t * x_t
+        "coef_x_0": np.sqrt(alpha_bars_prev) * betas / (1 - alpha_bars),
+        "coef_x_t": np.sqrt(1 - betas) * (1 - alpha_bars_prev) / (1 - alpha_bars),
+        "posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),
     }
     return SimpleNamespace(**{name: torch.tensor(np.float32(x)) for name, x in schedule.items()})
 
@@ -84,7 +87,7 @@ def q_sample(schedule, x_0, t, eps):
 
 # %% 4. Network
 def sinusoidal_embedding(x, size, scale):
-    """Turn numbers (B,) into sines and cosines (B, size), as Transformers do with positions."""
+    """Turn numbers (B,) into sines and cosines (B, size), of frequencies from scale downwards."""
     frequencies = scale * 10_000 ** -torch.linspace(0, 1, size // 2)
     angles = x[:, None] * frequencies  # (B, size / 2)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
@@ -120,9 +123,9 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). For eps it is L_simple, eq. 14.
 
-    The bound on -log p(x_0), eq. 12, gives each step a weight: if sigma_t^2 = beta_t, the first has
-    50 to 100 times more than most. L_simple drops the weights, and samples get better.
-    Digits use x_0: eps, 784 unrelated numbers, does not fit through 768 units. Digits are simpler.
+    The bound on -log p(x_0) gives each step a weight (eq. 12), a larger one if t is small. L_simple
+    drops the weights, and samples get better. For digits, the target is x_0 by default. For eps is
+    784 unrelated numbers, which are hard to carry through an MLP. A digit is simpler.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -136,18 +139,15 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: from x_t (B, D) draw x_{t-1} (B, D), or data if t is 0.
 
-    By Bayes' rule, x_{t-1} is Gaussian if x_t and x_0 are known (eq. 6, 7). We put a guess x_0_hat
-    in place of x_0. In line 4, x_0 is written as (x_t - noise_std * eps) / signal (eq. 15).
+    If x_0 were known, Bayes' rule would give x_{t-1}: it is normal (eq. 7). So we let the network
+    guess x_0, and put the guess in its place. limit is the largest number in the data, x_0.
     """
-    beta = schedule.betas[t]
-    signal = schedule.signal[t]
-    noise_std = schedule.noise_std[t]
     output = model(x_t, torch.full((len(x_t),), t))
-    x_0_hats = {"eps": (x_t - noise_std * output) / signal, "x_0": output}
-    # Dividing by a small signal magnifies errors. So clip to the data's range, as the authors do.
-    x_0_hat = x_0_hats[predict].clamp(-limit, limit)
-    eps_hat = (x_t - signal * x_0_hat) / noise_std  # the noise that fits the clipped x_0_hat
-    mean = (x_t - beta / noise_std * eps_hat) / (1 - beta).sqrt()  # line 4
+    x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
+    x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
+    x_0_hat = x_0_hat.clamp(-limit, limit)  # as the authors' code: a small signal magnifies errors
+    mean = schedule.coef_x_0[t] * x_0_hat + schedule.coef_x_t[t] * x_t
+    # Without the clamp, this is line 4: (x_t - beta / noise_std * output) / sqrt(1 - beta).
     # The variance is beta_tilde_t (eq. 7), 0 if t is 0. The paper's section 3.2 also tries beta_t.
     return mean + schedule.posterior_std[t] * torch.randn_like(x_t)
 
@@ -164,7 +164,7 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 
 # %% 7. Training
 def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_rate):
-    """Train by Algorithm 1. Write model.pt (with config) and training.gif into the folder out."""
+    """Train by Algorithm 1. Save model.pt, training.gif. config: predict, limit, examples, ..."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
     snapshot_epochs = [num_epochs * k**2 // 6**2 for k in range(6)]  # of 300: 0, 8, 33, 75, ...
     frames = []
@@ -200,7 +200,7 @@ def snapshot(model, schedule, config, epoch):
     return draw(f"after {epoch} epochs", x, "tab:orange", config["examples"])
 
 
-# %% 8. Pictures
+# %% 8. Pictures and a score
 def draw(title, x, colour, data):
     """Return a picture (H, W, 3), uint8, of points x (N, 2) over the data, or digits (N, 784)."""
     figure = Figure(figsize=(4, 4.4), dpi=90)
@@ -225,7 +225,7 @@ def animate(model, schedule, config, out, num_samples, every):
     """Run p_sample_loop, and return samples (N, D). Save a GIF: data to noise to samples."""
     T = len(schedule.betas)
     x_0 = config["examples"]
-    counts = [*range(0, T, every), T]  # a frame shows x after so many steps
+    counts = [*range(0, T, every), T]  # the numbers of noise steps to draw
     eps = torch.randn_like(x_0)  # the same in all frames, so that you can follow a point
     frames = [draw("data", x_0, "tab:blue", x_0)]
     for count in counts[1:]:
@@ -244,14 +244,15 @@ def animate(model, schedule, config, out, num_samples, every):
 
 
 def energy_distance(a, b):
-    """Return the energy distance of samples a (N, D) and b (M, D), near 0 if they are alike."""
+    """Return 2 E|a - b| - E|a - a'| - E|b - b'| for samples (N, D), (M, D): near 0 if alike."""
     within = torch.cdist(a, a).mean() + torch.cdist(b, b).mean()
     return (2 * torch.cdist(a, b).mean() - within).item()
 
 
-# %% 9. Files and command line
+# %% 9. Files, command line, and main, which puts everything together
 CHOICES = f"choose {', '.join(DATASETS)}, a .npy or .csv file with two numbers a row, or mnist "
 CHOICES += "(offline: put {train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
+# A checkpoint holds these options. They win over the command line.
 MODEL = ["dataset", "predict", "num_timesteps", "embedding_size", "hidden_size", "hidden_layers"]
 DIGITS = {  # the defaults for mnist; those for points are in parse_options
     "predict": "x_0",
@@ -322,11 +323,9 @@ def parse_options(argv):
     flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
-    checkpoint = None
-    if args.checkpoint is not None:
-        checkpoint = load_checkpoint(args.checkpoint, args.device)
-        args.dataset = checkpoint["dataset"]
-    if args.dataset == "mnist":
+    checkpoint = None if args.checkpoint is None else load_checkpoint(args.checkpoint, args.device)
+    dataset = args.dataset if checkpoint is None else checkpoint["dataset"]
+    if dataset == "mnist":
         parser.set_defaults(**DIGITS)
         args = parser.parse_args(argv)  # again, with these defaults
     if checkpoint is not None:  # the network is that of the checkpoint, whatever the flags say
@@ -344,19 +343,19 @@ def main(argv=None):
     started = time.perf_counter()
     args, checkpoint = parse_options(argv)
     if args.dataset != "mnist":
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would wait for each other
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would be slower
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
-    torch.set_default_device(None if args.device == "cpu" else args.device)  # None is faster
+    torch.set_default_device(None if args.device == "cpu" else args.device)  # None: CPU, but faster
     torch.manual_seed(args.seed)
     name = Path(args.dataset).stem + ("" if checkpoint is None else "_samples")
     out = Path(args.output_dir or f"outputs/{name}")
     config = checkpoint
     if checkpoint is None:
         data = load_data(args.dataset, args.data_dir).to(args.device)
-        config = {name: getattr(args, name) for name in MODEL}
+        config = {name: getattr(args, name) for name in MODEL}  # for model.pt, with what follows
         x_0, config["shift"], config["scale"] = standardise(data)
         config["limit"] = x_0.abs().max()  # p_sample clips to it
-        config["examples"] = x_0[torch.randperm(len(x_0))[:8000]]
+        config["examples"] = x_0[torch.randperm(len(x_0))[:8000]]  # real data, to compare with
     examples = config["examples"]
     D = examples.shape[1]
     schedule = make_schedule(args.num_timesteps)
@@ -367,7 +366,7 @@ def main(argv=None):
             (out / "model.pt").replace(out / "model.old.pt")
         settings = (args.num_epochs, args.train_batch_size, args.learning_rate)
         train(model, schedule, x_0, config, out, *settings)
-    elif (out / "model.pt").exists():
+    elif (out / "model.pt").exists():  # keep the pictures of that training
         sys.exit(f"main.py: error: {out} holds a trained model: name another --output_dir")
     else:
         model.load_state_dict(checkpoint["weights"])

@@ -52,6 +52,8 @@ def closed_form(T):
     alpha_bars = np.cumprod(1 - betas)
     signal, noise_std = np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)
     posterior_std = np.sqrt(betas * np.append(0.0, 1 - alpha_bars[:-1]) / (1 - alpha_bars))  # eq. 7
+    coef_x_0 = np.append(1.0, signal[:-1]) * betas / (1 - alpha_bars)
+    coef_x_t = posterior_std**2 / betas * np.sqrt(1 - betas)
     return SimpleNamespace(**locals())
 
 
