@@ -1,15 +1,15 @@
-"""DDPM with a U-Net: Denoising Diffusion Probabilistic Models on images, complete, in one file.
+"""DDPM with a U-Net: Denoising Diffusion Probabilistic Models (arXiv 2006.11239), in one file.
 
-T small steps turn an image x_0 into noise. A U-Net learns to guess the noise in x_t, and without it
-x_0 is left. Steps towards such guesses turn noise into images. https://arxiv.org/abs/2006.11239
+T small steps turn an image x_0 into noise. A U-Net learns to guess the noise in x_t; taking it out
+gives a guess of x_0. That is blurred at first, so we step a little towards it, and guess again.
 
     python ddpm_unet.py                                     MNIST, in about an hour on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
-x_0 is clean data, as in the paper. But our steps t = 0..T-1 are its steps 1..T: the variable x_t at
-t = 0 has had one step of noise, and is the paper's x_1. alpha_bars[0] is its alpha_bar_1.
+Careful: x_0 is always clean data. Our t = 0..T-1 counts from zero, so x_t at t = 0 is not x_0: it
+has had one step of noise, and is the paper's x_1. alpha_bars[0] is the paper's alpha_bar_1.
 x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
 """
 
@@ -55,7 +55,7 @@ def load_images(dataset, data_dir, size):
     classes = folders or ["."]  # ".": the folder itself
     files = ImageFolder.make_dataset(dataset, {c: k for k, c in enumerate(classes)}, IMG_EXTENSIONS)
     images = []
-    for path, _ in tqdm(files, "reading"):  # the second is the number of the class
+    for path, _ in tqdm(files, "reading"):  # pairs of path and class number
         try:
             images.append(read_image(path, size))
         except Exception as error:
@@ -69,11 +69,11 @@ def load_images(dataset, data_dir, size):
 
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
-    """Return alpha_bars (T,): products of alpha_t = 1 - beta_t. Others call them alphas_cumprod."""
+    """Return alpha_bars (T,): running products of alpha_t = 1 - beta_t, or alphas_cumprod."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
     # 1000 / T lets the last x be noise for every T, not only for the paper's 1000.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
-    betas = betas.clip(max=0.999)  # for T = 20 the last would be 1, and eq. 15 would divide by 0
+    betas = betas.clip(max=0.999)  # T = 20 would end with 1, and eq. 15 would divide by 0
     return torch.from_numpy(np.cumprod(1 - betas))
 
 
@@ -98,7 +98,7 @@ def conv(C_in, C):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a shortcut: h (B, C_in, H, W) and temb (B, E), for t and label, to h."""
+    """Map h (B, C_in, H, W) to (B, C, H, W). temb (B, E) is a vector made from t and label."""
 
     def __init__(self, C_in, C, E):
         super().__init__()
@@ -120,13 +120,13 @@ class UNet(nn.Module):
         super().__init__()
         E = 4 * base_channels  # width of temb, the embedding of t and label
         widths = [base_channels * mult for mult in channel_mults]  # from large images to small
-        # t becomes fast and slow sines and cosines. 1000 / T stretches t to the paper's 1000 steps.
+        # Fast and slow sines and cosines tell near and far t apart. 1000 / T: as if T were 1000.
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        # Say 24, 48, 96: down 24 to 24, 24 to 48, middle 48 to 96, up 96 + 48 to 48, 48 + 24 to 24
+        # Widths 24, 48, 96: down 24 > 24, 24 > 48; middle 48 > 96; up 96 + 48 > 48, 48 + 24 > 24.
         self.downs = nn.ModuleList()
         self.ups = nn.ModuleList()  # ups[k] undoes downs[k]; its input is h from below and a skip
         C_in = widths[0]
@@ -168,21 +168,21 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
     t = torch.randint(len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # a tenth learns to do without labels, for guidance
+    dropped = torch.rand(len(x_0)) < 0.1  # to learn without labels, too, for guidance
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
 
 # %% 5. Sampling
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2: draw from eq. 6 with x_0_hat for x_0. Line 4 says the same."""
+    """Take one step of Algorithm 2: draw from eq. 6 with (the clamped) x_0_hat in place of x_0."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 with sigma_t = 0."""
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # for the clamped x_0_hat
+    """Take a step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 (alpha: our alpha_bar)."""
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, to fit x_0_hat
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 
@@ -204,7 +204,7 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
         x_0_hat = x_0_hat.clamp(-1, 1)  # as the authors' code: the division magnifies errors
         yield num_steps - k, x, x_0_hat
         x = take_step(x_0_hat, x, alpha_bar, alpha_bar_prev)
-    yield 0, x, x
+    yield 0, x, x  # finished
 
 
 # %% 6. Training
@@ -215,10 +215,10 @@ SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops
 
 def train(net, ema, images, labels, options, path, state):
     """Train net by Algorithm 1, with a moving average ema. state is {}, or what to resume."""
-    model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
+    model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net  # mean gradients
     alpha_bars = make_schedule(options["num_timesteps"]).float().to(images.device)
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
-    if state.get("optimizer"):  # {} in the model of this repository
+    if state.get("optimizer"):  # a published one is {}, for size
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = options["learning_rate"]
     B = options["train_batch_size"]
@@ -278,10 +278,10 @@ def sample(net, args, out):
     chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
     frames = []
     for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-        if steps_left % max(1, num_steps // 50) == 0:  # of up to 99 steps, all
+        if steps_left % max(1, num_steps // 50) == 0:  # all below 100 steps
             frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
-    imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))
+    imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))  # the last x_t is finished
     np.save(out / "samples.npy", to_bytes(x_t).permute(0, 2, 3, 1).squeeze(3))
 
 
@@ -335,7 +335,7 @@ def parse_options(argv):
     args = parser.parse_args(argv)
     path = args.resume if args.checkpoint is None else args.checkpoint
     state = {} if path is None else load_checkpoint(path, args.device)
-    parser.set_defaults(**state.get("options", {}))  # also channels, num_classes: no flags
+    parser.set_defaults(**state.get("options", {}))  # and args.channels, num_classes
     args = parser.parse_args(argv)  # again, with these, but the command line wins
     for name, value in vars(args).items():
         if name not in ("seed", "guidance") and isinstance(value, (int, float)) and not value > 0:
@@ -348,7 +348,7 @@ def main(argv=None):
     started = time.time()
     args, state = parse_options(argv)
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, process {RANK}")
-    torch.set_default_device(args.device)  # where all new tensors are made
+    torch.set_default_device(args.device)  # of new tensors, but not of those from numpy
     if WORLD_SIZE > 1:
         distributed.init_process_group()
         if args.device != "cpu":
@@ -367,18 +367,18 @@ def main(argv=None):
         args.num_classes = labels.max().item() + 1
     options = {name: getattr(args, name) for name in MODEL + TRAINING}
     net = UNet(**{name: options[name] for name in MODEL})
-    ema = deepcopy(net).requires_grad_(False)
+    ema = deepcopy(net).requires_grad_(False)  # an average of the weights, which draws better
     if state:
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
     if args.checkpoint is None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: SIGNALS.append(number))
+            signal.signal(number, lambda signum, frame: SIGNALS.append(signum))
         images, labels = images.to(args.device), labels.to(args.device)
         train(net, ema, images, labels, options, out / "model.pt", state)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if RANK > 0 or signal.SIGTERM in SIGNALS:  # after Ctrl-C, draw samples
+        if RANK > 0 or signal.SIGTERM in SIGNALS:  # Ctrl-C goes on to sample
             sys.exit()
     sample(ema, args, out)
     facts = {"options": vars(args), "seconds": time.time() - started, "torch": torch.__version__}

@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
 
-Distribution.set_default_validate_args(False)  # for q(x, 0, 0), of variance 0
+Distribution.set_default_validate_args(False)  # q(x_0 | x_0) has variance 0
 
 
 # %% 1. Data
@@ -37,7 +37,7 @@ def swiss_roll():
     return torch.stack((u * u.cos(), u * u.sin()), dim=1) + 0.25 * torch.randn(100_000, 2)
 
 
-POINTS = {"swiss_roll": swiss_roll}  # functions: points (N, 2), of which 10,000 are for testing
+POINTS = {"swiss_roll": swiss_roll}  # each function returns far more than 10,000 points
 BITS = {"heartbeat": torch.eye(5).repeat(1, 4)}  # 5 examples (5, 20): a pulse in every fifth bit
 
 
@@ -49,21 +49,22 @@ def load_data(dataset, data_dir):
         return x, x, 0.0, 1.0
     if dataset in POINTS:
         x = POINTS[dataset]()
-        x = x[torch.randperm(len(x))]  # the last ones are for testing
+        x = x[torch.randperm(len(x))]  # they may be in order; the last are for testing
     else:
         from torchvision.datasets import MNIST
 
         x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
-        x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # for a density, 7 becomes 7..8
+        x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # for a density: 7 becomes 7..8
     shift, scale = x.mean().item(), x.std().item()
     x = ((x - shift) / scale).to(torch.get_default_device())  # mean 0, variance 1 overall
     return x[:-10_000], x[-10_000:], shift, scale
 
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
-# Steps of q are reversible: prior(a) q(b | a) = prior(b) q(a | b), with the same q on both sides.
-# So if x_{t-1} were like the prior, Bayes' rule would give, as the step back, a step of q from x_t.
-# p(x_{t-1} | x_t) begins as that, and z, the network's output, corrects it.
+# The prior is p(x_T), pure noise. Steps of q are reversible: prior(a) q(b | a) = prior(b) q(a | b)
+# for all a and b. So if x_{t-1} were drawn from the prior, the step back would be a step of q. Data
+# are not. But p(x_{t-1} | x_t) begins, before training, as a step of q; z, the network's output,
+# corrects it. For small steps, the truth is close to this form: a Gaussian, or independent bits.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -79,7 +80,7 @@ class Gaussian(nn.Module):
         self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # alpha_bar_1 = 1 - beta_1
         log_alphas = nn.functional.logsigmoid(self.log_odds).diff()  # log(1 - beta_t), t = 2..T
         betas = -torch.expm1(log_alphas)
-        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
+        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)  # not for digits
         # beta_0 = 0 makes alpha_bar_0 1. beta_1 is fixed, as in the paper, to prevent overfitting.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
@@ -90,9 +91,9 @@ class Gaussian(nn.Module):
         stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise for small steps
         return Normal((log_alpha / 2).exp() * x, stddev)
 
-    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule: q(x_{t-1} | x_0) times q(x_t | x_{t-1}). In x_{t-1}, that is a bump of mean
-        # x_t / sqrt(1 - beta), precision (1 - beta) / beta. Precisions, and those * means, add up.
+    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
+        # Bayes' rule: q(x_{t-1} | x_0) times q(x_t | x_{t-1}), a bump in x_{t-1} with mean
+        # x_t / sqrt(1 - beta), precision (1 - beta) / beta. Precisions and precision * mean add up.
         before = self.q(x_0, 0, t - 1)
         beta = self.q(x_t, t - 1, t).variance  # the same for any x
         variance = 1 / (1 / before.variance + (1 - beta) / beta)
@@ -102,7 +103,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # unlike eq. 65, which has another mean if z = 0
+        mu = step.mean + step.stddev * z_mu  # deviation from eq. 65: z = 0 is a step of q
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -119,14 +120,14 @@ class Binomial(nn.Module):
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
         self.register_buffer("alpha_bars", 1 - torch.arange(T + 1) / T)  # beta_t = 1 / (T - t + 1)
-        self.log_odds = self.alpha_bars[1:].logit().clamp(min=-8)  # -inf at T; for temporal_basis
+        self.log_odds = self.alpha_bars[1:].logit().clamp(min=-8)  # for temporal_basis
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
         return Bernoulli(alpha * x + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule: log-odds of x_{t-1} = 1 given x_0, plus how much likelier 1 makes x_t than 0.
+        # Bayes' rule for log-odds of x_{t-1} = 1: given x_0, plus log q(x_t | 1) - log q(x_t | 0).
         before = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
@@ -134,7 +135,7 @@ class Binomial(nn.Module):
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
-        return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # p never rounds to 0 or 1
+        return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # for a finite KL
 
 
 # %% 3. The bound: what training maximises
@@ -145,15 +146,14 @@ def bound(model, x_0):
 
     By Jensen, log p(x_0) >= E_q log(p(x_0..x_T) / q(x_1..x_T | x_0)). On average over data, this is
     K: p / q is p(x_T), times a factor p(x_{t-1} | x_t) / q(x_t | x_{t-1}) for each t.
-    - p(x_T) gives -H_p(x_T): log prior(x) is a + b x^2 (for bits, a + b x), and the mean of x^2 is
-      the same for the prior, for scaled data and for all x_t.
-    - t >= 2: by Bayes, q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0). The
-      posteriors, under p(x_{t-1} | x_t), give T - 1 KLs. The fractions cancel but for
-      q(x_1 | x_0) / q(x_T | x_0), which gives H_q(x_T | x_0) - H_q(x_1 | x_0).
+    - p(x_T) gives -H_p(x_T), as E log prior(x) depends only on the mean of x^2 (for bits, x) over
+      data and dimensions. This mean, 1 or m, is the same for the prior, scaled data and x_t.
+    - t >= 2: by Bayes, q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0). So
+      the factor is p_reverse / posterior, whose log has the mean -KL, times a fraction. In the
+      product, these leave q(x_1 | x_0) / q(x_T | x_0), so H_q(x_T | x_0) - H_q(x_1 | x_0).
     - t = 1: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, the factor is
       prior(x_0) / prior(x_1). The mean of its logarithm is 0, for the same reason as above.
-    If z = 0, all factors are prior(x_{t-1}) / prior(x_t). With p(x_T), they multiply to prior(x_0).
-    Its mean logarithm, L_null, is the K of a network that has learned nothing.
+    If z = 0, each factor is prior(x_{t-1}) / prior(x_t). With p(x_T) they give prior(x_0): L_null.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -173,8 +173,8 @@ class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
     From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
-    for all D, turns a number and its features into 10 outputs y_j for each z. t only mixes them.
-    Deviation: the paper has radial basis functions for points and sigmoids for bits.
+    for all D, turns a number and its features into 10 outputs y_j for each of its z. t only mixes.
+    Deviation: in place of this MLP, the paper has radial basis functions (points), sigmoids (bits).
     """
 
     def __init__(self, process, D, H, features=4):
@@ -198,7 +198,7 @@ class Model(nn.Module):
         """Return z (B, D), or z_mu and z_sigma (B, 2 D), for x_t (B, D) and t (B, 1)."""
         B, D = x_t.shape
         h = torch.cat((self.dense(x_t).view(B, D, -1), x_t[:, :, None]), dim=2)  # features, x_t
-        y = self.read_out(self.units(h)).view(B, -1, 10)  # (B, D or 2 D, 10), sigma after its mu
+        y = self.read_out(self.units(h)).view(B, -1, 10)  # (B, D or 2 D, 10): mu, sigma, mu, ..
         g = self.temporal_basis[t[:, 0] - 1]  # (B, 10)
         z = y @ g[:, :, None]  # eq. 62: z = sum_j g_j(t) y_j
         return z.view(B, D, -1).transpose(1, 2).flatten(1)  # all z_mu, then all z_sigma
@@ -211,7 +211,7 @@ def p_sample_loop(model, x_0, known, passes):
 
     Inpainting: x ends as x_0 (B, D) where known (D,) is true. In the paper (2.5), that part is x_0
     all the time; here it is as noisy as the rest, and each step is taken several times, so that the
-    rest can adapt: RePaint, arXiv 2201.09865, Algorithm 1. For samples, known is false.
+    rest can adapt: RePaint, arXiv 2201.09865, Algorithm 1. For samples, known is all false.
     """
     process = model.process
     x = process.prior.sample(x_0.shape)
@@ -219,7 +219,7 @@ def p_sample_loop(model, x_0, known, passes):
     for t in range(process.T, 0, -1):
         for k in range(passes if t > 1 else 1):
             if k > 0:
-                x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} back to x_t
+                x = process.sample(process.q(x, t - 1, t))  # noise it again: x_{t-1} to x_t
             z = model(x, torch.full((len(x), 1), t)) * (t > 1)  # p(x_0 | x_1) is q: eq. 44
             x = process.sample(process.p_reverse(z, x, t))  # from x_t to x_{t-1}
             x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)
@@ -241,8 +241,8 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # the huge KLs of small t decide only details
-            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, for all x
+        if options["dataset"] == "mnist":  # KLs of small t are large, but decide details
+            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, whatever x is
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

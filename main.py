@@ -1,7 +1,7 @@
 """DDPM with an MLP: Denoising Diffusion Probabilistic Models, complete, in one file.
 
-The forward process turns data into noise in T small steps. A network learns to undo these steps.
-New data come from fresh noise, by undoing all steps. Paper: https://arxiv.org/abs/2006.11239.
+T small steps turn data into noise. A network learns to undo them, and makes new data from fresh
+noise. Sections 2 to 6 are the method; the rest is plumbing. https://arxiv.org/abs/2006.11239
 
     python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
@@ -9,8 +9,8 @@ New data come from fresh noise, by undoing all steps. Paper: https://arxiv.org/a
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
 A training example is one point (D = 2 numbers) or one digit (D = 784), never the whole heart. B is
-the batch size. x_0 is clean data, as in the paper. But our steps t = 0..T-1 are its steps 1..T: so
-the variable x_t at t = 0 has had one step of noise. It is the paper's x_1, not x_0.
+the batch size. Careful: x_0 is always clean data. Our t = 0..T-1 counts from zero, so x_t at t = 0
+is not x_0: it has had one step of noise, and is the paper's x_1.
 """
 
 import json
@@ -61,17 +61,17 @@ def make_schedule(T):
     """Return all that depends on t alone, as tensors (T,)."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). With the
     # factor 1000 / T, the last x is noise for every T, not only for the paper's 1000.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T
-    betas = betas.clip(max=0.999)  # for T = 20 the last would be 1, and p_sample would divide by 0
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # in float64: 1 - alpha_bar needs its precision
+    betas = betas.clip(max=0.999)  # T = 20 would end with 1, and p_sample would divide by 0
     # Steps 0..t multiply x_0 by sqrt(alpha_bar), where alpha_bar is the product of their 1 - beta.
-    # If x_0 had variance 1, so would x_t. So the variance of the noise is the rest, 1 - alpha_bar.
+    # If x_0 has variance 1, so has x_t, as (1 - beta) + beta = 1. So 1 - alpha_bar of it is noise.
     alpha_bars = np.cumprod(1 - betas)  # others call this alphas_cumprod
     alpha_bars_prev = np.append(1.0, alpha_bars[:-1])  # one step earlier
     schedule = {
         "betas": betas,
         "signal": np.sqrt(alpha_bars),  # eq. 4: x_t = signal * x_0 + noise_std * eps
         "noise_std": np.sqrt(1 - alpha_bars),  # where eps is drawn from N(0, I)
-        # eq. 7: given x_t and x_0, x_{t-1} is normal, with the mean coef_x_0 * x_0 + coef_x_t * x_t
+        # eq. 7: given x_t and x_0, x before step t has the mean coef_x_0 * x_0 + coef_x_t * x_t
         "coef_x_0": np.sqrt(alpha_bars_prev) * betas / (1 - alpha_bars),
         "coef_x_t": np.sqrt(1 - betas) * (1 - alpha_bars_prev) / (1 - alpha_bars),
         "posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),
@@ -111,7 +111,7 @@ class MLP(nn.Module):
     def forward(self, x_t, t):
         inputs = [x_t]
         if x_t.shape[1] == 2:  # points: waves as short as 2 pi / 25 = 0.25 show fine detail
-            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]
+            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]  # x: (B,)
         temb = sinusoidal_embedding(t, self.embedding_size, self.time_scale)
         h = F.silu(self.first(torch.cat((*inputs, temb), dim=1)))  # (B, hidden_size)
         for block in self.blocks:
@@ -123,9 +123,9 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). For eps it is L_simple, eq. 14.
 
-    The bound on -log p(x_0) gives each step a weight (eq. 12), a larger one if t is small. L_simple
-    drops the weights, and samples get better. For digits, the target is x_0 by default. For eps is
-    784 unrelated numbers, which are hard to carry through an MLP. A digit is simpler.
+    The output with the least error is the mean of all eps (or x_0) that could have led to x_t. The
+    bound on -log p(x_0) sums such errors over t with weights, larger for small t (eq. 12). L_simple
+    drops them. Digits use x_0: the 784 numbers of eps are too many to pass through an MLP well.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -137,17 +137,18 @@ def loss_simple(model, schedule, x_0, predict):
 
 # %% 6. Sampling
 def p_sample(model, schedule, x_t, t, predict, limit):
-    """Undo step t, as in Algorithm 2: from x_t (B, D) draw x_{t-1} (B, D), or data if t is 0.
+    """Undo step t, as in Algorithm 2: from x_t (B, D), after step t, draw x before it (B, D).
 
-    If x_0 were known, Bayes' rule would give x_{t-1}: it is normal (eq. 7). So we let the network
-    guess x_0, and put the guess in its place. limit is the largest number in the data, x_0.
+    If x_0 were known, Bayes' rule would give x before the step: it is normal (eq. 7). Its mean is
+    linear in x_0. So averaging over all x_0 that fit x_t puts their mean in place of x_0. It is the
+    network's guess. That x is normal stays nearly true for small steps. limit is the largest |x_0|.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
     x_0_hat = x_0_hat.clamp(-limit, limit)  # as the authors' code: a small signal magnifies errors
     mean = schedule.coef_x_0[t] * x_0_hat + schedule.coef_x_t[t] * x_t
-    # Without the clamp, this is line 4: (x_t - beta / noise_std * output) / sqrt(1 - beta).
+    # For eps without the clamp, this is line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
     # The variance is beta_tilde_t (eq. 7), 0 if t is 0. The paper's section 3.2 also tries beta_t.
     return mean + schedule.posterior_std[t] * torch.randn_like(x_t)
 
@@ -349,7 +350,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     name = Path(args.dataset).stem + ("" if checkpoint is None else "_samples")
     out = Path(args.output_dir or f"outputs/{name}")
-    config = checkpoint
+    config = checkpoint  # options, shift, scale, limit, examples, weights
     if checkpoint is None:
         data = load_data(args.dataset, args.data_dir).to(args.device)
         config = {name: getattr(args, name) for name in MODEL}  # for model.pt, with what follows
@@ -366,9 +367,9 @@ def main(argv=None):
             (out / "model.pt").replace(out / "model.old.pt")
         settings = (args.num_epochs, args.train_batch_size, args.learning_rate)
         train(model, schedule, x_0, config, out, *settings)
-    elif (out / "model.pt").exists():  # keep the pictures of that training
-        sys.exit(f"main.py: error: {out} holds a trained model: name another --output_dir")
     else:
+        if (out / "model.pt").exists():  # a training whose pictures must stay
+            sys.exit(f"main.py: error: {out} holds a trained model: name another --output_dir")
         model.load_state_dict(checkpoint["weights"])
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = animate(model, schedule, config, out, args.eval_batch_size, args.show_image_step)
