@@ -4,8 +4,8 @@ Its forward process turns data into noise in T small steps. A network learns to 
 raises K, a lower bound on the mean log p(data). Paper: https://arxiv.org/abs/1503.03585.
 
     python dpm_2015.py                        swiss roll, in two minutes
-    python dpm_2015.py --dataset heartbeat    binary sequences, in six minutes
-    python dpm_2015.py --dataset mnist        handwritten digits, in an hour
+    python dpm_2015.py --dataset heartbeat    binary sequences, in five minutes
+    python dpm_2015.py --dataset mnist        handwritten digits, in 45 minutes
 
 Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 x is (B, D): B examples of D numbers or bits. t is one number, or (B, 1): one for each example.

@@ -190,7 +190,7 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
         print("Training ends early. Next come the samples.")
     save_checkpoint(out / "model.pt", model, config)
     frames.append(snapshot(model, schedule, config, epoch + 1))
-    imageio.mimsave(out / "training.gif", frames, duration=400, loop=0)
+    imageio.mimsave(out / "training.gif", frames + 5 * frames[-1:], duration=400, loop=0)
 
 
 def snapshot(model, schedule, config, epoch):

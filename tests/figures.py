@@ -1,6 +1,6 @@
-"""Draws the figures of the README from models that the scripts trained with their defaults.
+"""Draws the figures of the README from models that the scripts trained, and from tests/models.
 
-python main.py && python dpm_2015.py && python ddpm_unet.py
+python main.py && python dpm_2015.py
 python tests/figures.py               a minute after that; into images/
 python tests/figures.py FOLDER        the same from the models in FOLDER, instead of outputs
 python tests/figures.py experiments   trains the heart 13 times with something changed, and draws it
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -59,7 +60,7 @@ def schedules(roll):
         right.plot(place, alpha_bars / (1 - alpha_bars), style, color=colour)
     left.set(xlabel="t / T", ylabel="alpha_bar")
     right.set(xlabel="t / T", ylabel="signal-to-noise ratio", yscale="log")
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=11)
     figure.savefig(OUT / "figure_schedules.png")
 
 
@@ -128,19 +129,20 @@ def floor(schedule, x_0, network, exact):
 
 
 def scores(schedule, network, exact, x_0):
-    """Arrows over the noisy heart at three steps: the score times the variance of the noise."""
-    side = torch.linspace(-2.6, 2.6, 16)
-    points = torch.cartesian_prod(side, side)  # (256, 2)
+    """Arrows where noisy points are, at three steps: the score times the variance of the noise."""
+    side = torch.linspace(-2.6, 2.6, 24)
+    points = torch.cartesian_prod(side, side)  # (576, 2)
     look = {"width": 0.004, "angles": "xy", "scale_units": "xy", "scale": 4}
     figure = Figure(figsize=(10, 6.8), dpi=90, layout="constrained")
     for row, model, name in zip(figure.subplots(2, 3), (exact, network), ("exact", "the network")):
         row[0].set_ylabel(name, fontsize=12)
-        for axes, step in zip(row, (5, 20, 60)):
+        for axes, step in zip(row, (10, 20, 60)):
             x_t = main.q_sample(schedule, x_0[::4], torch.tensor([step - 1]), torch.randn(2000, 2))
             axes.scatter(*x_t.T, s=2, color=BLUE, alpha=0.3, linewidths=0)
-            t = torch.full((len(points),), step - 1)
-            move = -model(points, t) * schedule.noise_std[t, None]
-            axes.quiver(*points.T, *move.T, color=GREY if model is exact else ORANGE, **look)
+            noise_std = schedule.noise_std[step - 1]
+            near = points[torch.cdist(points, x_t).min(dim=1)[0] < 2 * noise_std]
+            move = -model(near, torch.full((len(near),), step - 1)) * noise_std
+            axes.quiver(*near.T, *move.T, color=GREY if model is exact else ORANGE, **look)
             axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), xticks=(), yticks=(), aspect="equal")
             axes.set_title(f"step {step} of {len(schedule.betas)}", fontsize=12)
     figure.savefig(OUT / "figure_score.png")
@@ -164,7 +166,9 @@ def unet(content):
     grid(rows, names, "figure_samplers.png")
     path = ROOT / "tests" / "mnist" / "t10k-images-idx3-ubyte.gz"
     images = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
-    digit = images[16 : 16 + 784].view(28, 28) / 127.5 - 1  # the first, after 16 bytes of header
+    digits = images[16 : 16 + 25 * 784].view(25, 784) / 127.5 - 1  # after 16 bytes of header
+    imageio.imwrite(OUT / "real_digits.png", main.draw("real", digits, "", digits))
+    digit = digits[0].view(28, 28)
     t = torch.linspace(0, len(alpha_bars) - 1, 12).long()
     torch.manual_seed(0)
     eps = torch.randn(12, 1, 28, 28)
@@ -172,8 +176,8 @@ def unet(content):
     x_t = ddpm_unet.q_sample(digit.expand(12, 1, -1, -1), alpha_bar, eps)
     eps_hat = net(x_t, t, torch.full((12,), net.no_label))
     x_0_hat = (x_t - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5
-    titles = [f"step {step + 1}" for step in t.tolist()]
-    grid([x_t, x_0_hat.clamp(-1, 1)], ["x_t", "x_0_hat"], "figure_sees.png", titles)
+    titles = [str(step + 1) for step in t.tolist()]
+    grid([x_t, x_0_hat.clamp(-1, 1)], ["x_t at step", "x_0_hat"], "figure_sees.png", titles)
 
 
 def grid(rows, names, path, titles=()):
@@ -182,10 +186,10 @@ def grid(rows, names, path, titles=()):
     for axes, row, name in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, names):
         axes.imshow(ddpm_unet.tile(row, len(row)))
         axes.set(yticks=(), xticks=())
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
     if titles:
         first = figure.axes[0]
-        first.set_xticks([30 * k + 16 for k in range(len(titles))], titles, fontsize=8)
+        first.set_xticks([30 * k + 16 for k in range(len(titles))], titles, fontsize=12)
         first.xaxis.tick_top()
     figure.savefig(OUT / path)
 
@@ -193,15 +197,16 @@ def grid(rows, names, path, titles=()):
 # Each experiment: a title, options of main.py, and what to write in place of what in its source
 POSTERIOR = '"posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),'
 SINES = (
-    "        if x_t.shape[1] == 2:  # the shortest wave, 2 pi / 25 = 0.25 long, shows fine detail\n"
-    "            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]\n"
+    "        if x_t.shape[1] == 2:  # points: waves as short as 2 pi / 25 = 0.25 show fine detail\n"
+    "            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]"
+    "  # x: (B,)\n"
 )
 EXPERIMENTS = [
     ("T = 20", "--num_timesteps 20", {}),
     ("T = 50", "--num_timesteps 50", {}),
     ("T = 200: the default", "", {}),
     ("T = 1000", "--num_timesteps 1000", {}),
-    ("x_T is not noise", "", {" * 1000 / T\n": "\n"}),
+    ("x_T is not noise", "", {"0.02, T) * 1000 / T": "0.02, T)"}),
     (
         "raw coordinates",
         "",
@@ -235,7 +240,7 @@ def experiments(folder):
             out.mkdir(parents=True, exist_ok=True)
             (out / "changed.py").write_text(source)
             command = [sys.executable, out / "changed.py", "--output_dir", out, *options.split()]
-            subprocess.run(command, check=True)
+            subprocess.run([*command, "--num_samples", "10000"], check=True)
         distance = json.loads((out / "run.json").read_text())["energy distance"]
         axes.scatter(*np.load(out / "samples.npy")[:1000].T, s=2, color=ORANGE, linewidths=0)
         axes.set(xlim=(-5, 5), ylim=(-5, 5), xticks=(), yticks=(), aspect="equal")
@@ -253,5 +258,5 @@ if __name__ == "__main__":
     path = outputs / "dpm_2015_swiss_roll" / "model.pt"
     schedules(torch.load(path, map_location="cpu", weights_only=True))
     heart(*load(main, outputs / "heart" / "model.pt"))
-    path = outputs / "ddpm_unet_mnist" / "model.pt"
+    path = ROOT / "tests" / "models" / "ddpm_unet_mnist.pt"
     unet(torch.load(path, map_location="cpu", weights_only=True))

@@ -1,4 +1,6 @@
-"""Tests of what benchmark.py computes itself, and that the README shows the rows it prints."""
+"""Tests of what benchmark.py computes itself, that the README shows the rows it prints, and that
+the lines which figures.py changes for its experiments are still in main.py, once each.
+"""
 
 import ast
 import math
@@ -6,6 +8,8 @@ import re
 from pathlib import Path
 
 import benchmark
+import figures
+import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
@@ -47,3 +51,10 @@ def test_readme_has_every_row_and_no_other():
     shown = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()]
     assert all(any(re.fullmatch(row, line) for row in rows) for line in shown)
     assert all(any(re.fullmatch(row, line) for line in shown) for row in rows)
+
+
+@pytest.mark.parametrize(("title", "options", "changes"), figures.EXPERIMENTS)
+def test_experiments_change_lines_that_exist(title, options, changes):
+    source = (HERE.parent / "main.py").read_text()
+    assert all(source.count(old) == 1 for old in changes), title
+    assert figures.main.parse_options(options.split())[1] is None
