@@ -164,10 +164,15 @@ def unet(content):
         rows.append(list(chain)[-1][1])
         names.append(f"{sampler}, {steps} steps")
     grid(rows, names, "figure_samplers.png")
+    torch.manual_seed(0)
+    x_T = torch.randn(25, 1, 28, 28)
+    chain = ddpm_unet.p_sample_loop(net, alpha_bars, 50, x_T, torch.arange(25) % 10, 0.5, "ddim")
+    x = list(chain)[-1][1].flatten(1)
+    imageio.imwrite(OUT / "ddpm_unet_digits.png", main.draw("ddpm_unet.py", x, "", x))
     path = ROOT / "tests" / "mnist" / "t10k-images-idx3-ubyte.gz"
     images = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
     digits = images[16 : 16 + 25 * 784].view(25, 784) / 127.5 - 1  # after 16 bytes of header
-    imageio.imwrite(OUT / "real_digits.png", main.draw("real", digits, "", digits))
+    imageio.imwrite(OUT / "real_digits.png", main.draw("real digits", digits, "", digits))
     digit = digits[0].view(28, 28)
     t = torch.linspace(0, len(alpha_bars) - 1, 12).long()
     torch.manual_seed(0)
