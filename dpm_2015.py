@@ -258,14 +258,14 @@ def train(model, rows, options, path, state):
 
 
 # %% 7. Pictures and figures
-def draw(title, x):
+def draw(title, x, colour="C1"):
     """Return a picture, uint8 (height, width, 3), of points (N, 2), bits or digits (N, D)."""
     figure = Figure(figsize=(4, 4.4), dpi=90)
     axes = figure.add_axes((0.02, 0, 0.96, 0.9), aspect="equal", xticks=(), yticks=())
     axes.set_title(title, fontsize=16)
     if x.shape[1] == 2:
         axes.axis((-2.6, 2.6, -2.6, 2.6))
-        axes.scatter(*x[:1000].T.cpu(), s=6, linewidths=0)
+        axes.scatter(*x[:1000].T.cpu(), s=6, color=colour, linewidths=0)
     elif x.shape[1] == 784:
         rows = x[:25].view(5, 5, 28, 28).transpose(1, 2)
         axes.imshow(rows.reshape(140, 140).cpu(), cmap="gray", vmin=-0.4, vmax=2.8)
@@ -290,7 +290,7 @@ def evaluate(model, test_rows, num_samples, out):
     known = torch.arange(D) < D / 2
     for _, y in tqdm(p_sample_loop(model, x_0, known, passes=10), "inpainting", T + 1):
         pass
-    panels = [draw("known", known * x_0), draw("completed", y), draw("data", x_0)]
+    panels = [draw("known", known * x_0, "C0"), draw("completed", y), draw("data", x_0, "C0")]
     imageio.imwrite(out / "inpainting.png", np.hstack(panels))
     batches = torch.randint(len(test_rows), (200, 1000))
     Ks = torch.cat([bound(model, test_rows[batch])[0] for batch in tqdm(batches, "bound")])

@@ -199,6 +199,7 @@ def test_network(size, channels, levels, T):
     found.square().sum().backward()
     for name, weight in net.named_parameters():
         assert weight.grad.abs().sum() > 0, name
+    assert (ddpm.ResBlock(8, 8, 8).conv_2[-1].weight == 0).all()  # training starts at the shortcut
 
 
 @pytest.mark.parametrize("level", [0, 1])
