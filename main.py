@@ -146,7 +146,7 @@ def p_sample(model, schedule, x_t, t, predict, limit):
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
-    x_0_hat = x_0_hat.clamp(-limit, limit)  # as the authors' code: a small signal magnifies errors
+    x_0_hat = x_0_hat.clamp(-limit, limit)  # as the authors do: a small signal magnifies errors
     mean = schedule.coef_x_0[t] * x_0_hat + schedule.coef_x_t[t] * x_t
     # For eps without the clamp, this is line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
     # The variance is beta_tilde_t (eq. 7), 0 if t is 0. The paper's section 3.2 also tries beta_t.
