@@ -51,16 +51,14 @@ def load_images(dataset, data_dir, size):
     if dataset == "mnist":
         mnist = MNIST(data_dir, download=True)
         return mnist.data[:, None], mnist.targets
-    folders = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir())
-    classes = folders or ["."]  # ".": the folder itself
+    classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
     files = ImageFolder.make_dataset(dataset, {c: k for k, c in enumerate(classes)}, IMG_EXTENSIONS)
     images = []
     for path, _ in tqdm(files, "reading"):  # pairs of path and class number
         try:
             images.append(read_image(path, size))
         except Exception as error:
-            message = f"ddpm_unet.py: error: cannot read {path}: {error}; mend it or remove it"
-            raise SystemExit(message) from error
+            raise SystemExit(f"ddpm_unet.py: error: cannot read {path}: {error!r:.99}") from error
     images = torch.stack(images)
     if (images == images[:, :1]).all():  # red = green = blue
         images = images[:, :1]
@@ -141,6 +139,9 @@ class UNet(nn.Module):
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
+        if len(x_t) > 100 and not torch.is_grad_enabled():  # in sampling, to save memory and time
+            parts = zip(x_t.split(100), t.split(100), labels.split(100))
+            return torch.cat([self(*part) for part in parts])
         angles = t[:, None] * self.frequencies  # (B, E / 2)
         temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1))
         temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
@@ -392,8 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        # RuntimeErrors that are no bugs: too little memory, a model of another size, no network
-        words = "allocate", "state_dict", "download"
+        words = "allocate", "state_dict", "download"  # memory, size of a model, network: no bugs
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"ddpm_unet.py: error: {' '.join(str(error).split())}")

@@ -196,6 +196,9 @@ def test_network(size, channels, levels, T):
     angles = np.outer(t * 1000 / T, 10_000 ** (-np.arange(32) / 31))  # as in the Transformer
     expected = np.concatenate((np.sin(angles), np.cos(angles)), axis=1)
     np.testing.assert_allclose(seen[0], expected, rtol=0, atol=1e-3)
+    with torch.no_grad():  # many images go through the network a hundred at a time
+        many = net(*(part.repeat_interleave(60, dim=0) for part in (x_t, t, labels)))
+    torch.testing.assert_close(many[::60], found.detach(), rtol=1e-3, atol=1e-4)
     found.square().sum().backward()
     for name, weight in net.named_parameters():
         assert weight.grad.abs().sum() > 0, name
