@@ -428,6 +428,8 @@ def roll(tmp_path_factory):
 def test_training_run(roll):
     (out, lines), scale = roll, dpm.load_data("swiss_roll", "")[3]
     assert {*os.listdir(out)} == FILES | {"model.pt"} and state_of(out)[0] == 6
+    betas = dpm.Gaussian(5, 1e-4, True).logit_betas
+    assert not torch.equal(state_of(out)[1]["process.logit_betas"], betas)  # they are learned
     facts, samples = json.loads((out / "run.json").read_text()), np.load(out / "samples.npy")
     assert facts["options"]["num_timesteps"] == 5 and facts["torch"] == torch.__version__
     figures = ", ".join(f"{name} {x:.3f}" for name, x in facts["figures"].items())
