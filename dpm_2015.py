@@ -63,8 +63,8 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
 # The prior is p(x_T), pure noise. Steps of q are reversible: prior(a) q(b | a) = prior(b) q(a | b)
 # for all a and b. So if x_{t-1} were drawn from the prior, the step back would be a step of q. Data
-# are not. But p(x_{t-1} | x_t) begins, before training, as a step of q; z, the network's output,
-# corrects it. For small steps, the truth is close to this form: a Gaussian, or independent bits.
+# are not, so the true step back, q(x_{t-1} | x_t), differs. Before training, p(x_{t-1} | x_t) is a
+# step of q; z, the network's output, corrects it. If steps are small, the form is nearly right.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -78,8 +78,8 @@ class Gaussian(nn.Module):
         # alpha_bar_t, the product (1 - beta_1) .. (1 - beta_t), is x_0's share of x_t's variance.
         # Before training, its log-odds (signal against noise) fall evenly; alpha_bar_T is 0.001.
         self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # alpha_bar_1 = 1 - beta_1
-        log_alphas = nn.functional.logsigmoid(self.log_odds).diff()  # log(1 - beta_t), t = 2..T
-        betas = -torch.expm1(log_alphas)
+        log_alpha_bars = nn.functional.logsigmoid(self.log_odds)  # sigmoid undoes log-odds
+        betas = -torch.expm1(log_alpha_bars.diff())  # 1 - alpha_bar_t / alpha_bar_{t-1}, t = 2..T
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)  # not for digits
         # beta_0 = 0 makes alpha_bar_0 1. beta_1 is fixed, as in the paper, to prevent overfitting.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
@@ -143,17 +143,17 @@ def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
     K = H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T) - sum_{t=2}^T E_q KL(posterior || p_reverse)
-
     By Jensen, log p(x_0) >= E_q log(p(x_0..x_T) / q(x_1..x_T | x_0)). On average over data, this is
     K: p / q is p(x_T), times a factor p(x_{t-1} | x_t) / q(x_t | x_{t-1}) for each t.
     - p(x_T) gives -H_p(x_T), as E log prior(x) depends only on the mean of x^2 (for bits, x) over
       data and dimensions. This mean, 1 or m, is the same for the prior, scaled data and x_t.
     - t >= 2: by Bayes, q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0). So
-      the factor is p_reverse / posterior, whose log has the mean -KL, times a fraction. In the
-      product, these leave q(x_1 | x_0) / q(x_T | x_0), so H_q(x_T | x_0) - H_q(x_1 | x_0).
+      the factor is (p_reverse / posterior) * (q(x_{t-1} | x_0) / q(x_t | x_0)). The log of the
+      first part has the mean -KL. The product of the others is q(x_1 | x_0) / q(x_T | x_0); its log
+      has the mean H_q(x_T | x_0) - H_q(x_1 | x_0).
     - t = 1: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, the factor is
       prior(x_0) / prior(x_1). The mean of its logarithm is 0, for the same reason as above.
-    If z = 0, each factor is prior(x_{t-1}) / prior(x_t). With p(x_T) they give prior(x_0): L_null.
+    If z = 0, each factor is prior(x_{t-1}) / prior(x_t); with p(x_T), prior(x_0): K is L_null.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -173,7 +173,7 @@ class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
     From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
-    for all D, turns a number and its features into 10 outputs y_j for each of its z. t only mixes.
+    for all D, turns a number and its features into 10 outputs y_j for z, or for z_mu and z_sigma.
     Deviation: in place of this MLP, the paper has radial basis functions (points), sigmoids (bits).
     """
 
@@ -241,7 +241,7 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # KLs of small t are large, but decide details
+        if options["dataset"] == "mnist":  # KLs of small t are large, but about details
             loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, whatever x is
         optimizer.zero_grad()
         loss.mean().backward()

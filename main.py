@@ -64,7 +64,7 @@ def make_schedule(T):
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # in float64: 1 - alpha_bar needs its precision
     betas = betas.clip(max=0.999)  # T = 20 would end with 1, and p_sample would divide by 0
     # Steps 0..t multiply x_0 by sqrt(alpha_bar), where alpha_bar is the product of their 1 - beta.
-    # If x_0 has variance 1, so has x_t, as (1 - beta) + beta = 1. So 1 - alpha_bar of it is noise.
+    # A step keeps a variance of 1, as (1 - beta) + beta = 1. So noise has the other 1 - alpha_bar.
     alpha_bars = np.cumprod(1 - betas)  # others call this alphas_cumprod
     alpha_bars_prev = np.append(1.0, alpha_bars[:-1])  # one step earlier
     schedule = {
@@ -124,8 +124,8 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). For eps it is L_simple, eq. 14.
 
     The output with the least error is the mean of all eps (or x_0) that could have led to x_t. The
-    bound on -log p(x_0) sums such errors over t with weights, larger for small t (eq. 12). L_simple
-    drops them. Digits use x_0: the 784 numbers of eps are too many to pass through an MLP well.
+    bound on -log p(x_0), p the model, sums such errors over t, weighted (eq. 12). L_simple drops
+    the weights. Digits use x_0: the 784 numbers of eps are independent, and all must pass the MLP.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -139,9 +139,9 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: from x_t (B, D), after step t, draw x before it (B, D).
 
-    If x_0 were known, Bayes' rule would give x before the step: it is normal (eq. 7). Its mean is
-    linear in x_0. So averaging over all x_0 that fit x_t puts their mean in place of x_0. It is the
-    network's guess. That x is normal stays nearly true for small steps. limit is the largest |x_0|.
+    If x_0 were known, Bayes' rule would give a normal distribution for x before the step (eq. 7).
+    Its mean is linear in x_0. So we may put in the network's guess, the mean of all x_0 that fit
+    x_t, and get the right mean. For small steps, x is nearly normal. limit is the largest |x_0|.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
@@ -350,7 +350,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     name = Path(args.dataset).stem + ("" if checkpoint is None else "_samples")
     out = Path(args.output_dir or f"outputs/{name}")
-    config = checkpoint  # options, shift, scale, limit, examples, weights
+    config = checkpoint  # options, shift, scale, limit (largest |x_0|), examples, weights
     if checkpoint is None:
         data = load_data(args.dataset, args.data_dir).to(args.device)
         config = {name: getattr(args, name) for name in MODEL}  # for model.pt, with what follows
