@@ -67,7 +67,7 @@ def load_images(dataset, data_dir, size):
 
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
-    """Return alpha_bars (T,): running products of alpha_t = 1 - beta_t, or alphas_cumprod."""
+    """Return alpha_bars (T,): running products of alpha_t = 1 - beta_t. Others: alphas_cumprod."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
     # 1000 / T lets the last x be noise for every T, not only for the paper's 1000.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
@@ -124,22 +124,21 @@ class UNet(nn.Module):
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        # Widths 24, 48, 96: down 24 > 24, 24 > 48; middle 48 > 96; up 96 + 48 > 48, 48 + 24 > 24.
-        self.downs = nn.ModuleList()
-        self.ups = nn.ModuleList()  # ups[k] undoes downs[k]; its input is h from below and a skip
+        self.downs = nn.ModuleList()  # with widths 24, 48, 96: from 24 to 24, and from 24 to 48
+        self.ups = nn.ModuleList()  # from 48 + 24 (a skip) to 24, and from 96 + 48 to 48
         C_in = widths[0]
         for C, C_below in pairwise(widths):
             self.downs.append(ResBlock(C_in, C, E))
             self.ups.append(ResBlock(C_below + C, C, E))
             C_in = C
         C = widths[-1]
-        self.middle_1 = ResBlock(C_in, C, E)
+        self.middle_1 = ResBlock(C_in, C, E)  # from 48 to 96
         self.attention = nn.MultiheadAttention(C, num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(C, C, E)
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
-        if len(x_t) > 100 and not torch.is_grad_enabled():  # in sampling, to save memory and time
+        if len(x_t) > 100 and not torch.is_grad_enabled():  # in sampling: saves memory, time
             parts = zip(x_t.split(100), t.split(100), labels.split(100))
             return torch.cat([self(*part) for part in parts])
         angles = t[:, None] * self.frequencies  # (B, E / 2)
@@ -156,7 +155,7 @@ class UNet(nn.Module):
         attended, _ = self.attention(pixels, pixels, pixels)
         h = h + attended.mT.reshape(h.shape)
         h = self.middle_2(h, temb)
-        for block in reversed(self.ups):
+        for block in reversed(self.ups):  # the last one first
             skip = skips.pop()
             h = F.interpolate(h, skip.shape[2:])  # to the height and width of skip
             h = block(torch.cat((h, skip), dim=1), temb)
@@ -169,7 +168,7 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
     t = torch.randint(len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # to learn without labels, too, for guidance
+    dropped = torch.rand(len(x_0)) < 0.1  # a tenth learns without labels: see guidance
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
@@ -182,7 +181,7 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take a step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 (alpha: our alpha_bar)."""
+    """Take a step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 (its alpha: alpha_bar)."""
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, to fit x_0_hat
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -216,10 +215,10 @@ SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops
 
 def train(net, ema, images, labels, options, path, state):
     """Train net by Algorithm 1, with a moving average ema. state is {}, or what to resume."""
-    model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net  # mean gradients
+    model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
     alpha_bars = make_schedule(options["num_timesteps"]).float().to(images.device)
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
-    if state.get("optimizer"):  # a published one is {}, for size
+    if state.get("optimizer"):  # the model in the box has none
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = options["learning_rate"]
     B = options["train_batch_size"]
@@ -279,7 +278,7 @@ def sample(net, args, out):
     chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
     frames = []
     for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-        if steps_left % max(1, num_steps // 50) == 0:  # all below 100 steps
+        if steps_left % max(1, num_steps // 50) == 0:  # every step, if below 100
             frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))  # the last x_t is finished

@@ -153,7 +153,7 @@ def bound(model, x_0):
       has the mean H_q(x_T | x_0) - H_q(x_1 | x_0).
     - t = 1: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, the factor is
       prior(x_0) / prior(x_1). The mean of its logarithm is 0, for the same reason as above.
-    If z = 0, each factor is prior(x_{t-1}) / prior(x_t); with p(x_T), prior(x_0): K is L_null.
+    If z = 0, each factor is prior(x_{t-1}) / prior(x_t): K is log prior(x_0) on average, L_null.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -174,7 +174,7 @@ class Model(nn.Module):
 
     From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
     for all D, turns a number and its features into 10 outputs y_j for z, or for z_mu and z_sigma.
-    Deviation: in place of this MLP, the paper has radial basis functions (points), sigmoids (bits).
+    Deviation: the paper has radial basis functions for points and sigmoids for bits instead.
     """
 
     def __init__(self, process, D, H, features=4):
@@ -188,7 +188,7 @@ class Model(nn.Module):
         self.read_out = nn.Linear(4 * features, 10 * process.z_per_x)
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
-        # The mixture: g_j(t), eq. 63, a table (T, 10). These are ten bumps that sum to 1, evenly in
+        # The mixture: g_j(t), eq. 63, a table (T, 10). Ten bumps that sum to 1, spaced evenly in
         # log-odds. For Gaussians, that is evenly in t, as in the paper; for bits, a deviation.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
@@ -241,7 +241,7 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # KLs of small t are large, but about details
+        if options["dataset"] == "mnist":  # small t: large KLs, only about details
             loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, whatever x is
         optimizer.zero_grad()
         loss.mean().backward()

@@ -64,7 +64,7 @@ def make_schedule(T):
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # in float64: 1 - alpha_bar needs its precision
     betas = betas.clip(max=0.999)  # T = 20 would end with 1, and p_sample would divide by 0
     # Steps 0..t multiply x_0 by sqrt(alpha_bar), where alpha_bar is the product of their 1 - beta.
-    # A step keeps a variance of 1, as (1 - beta) + beta = 1. So noise has the other 1 - alpha_bar.
+    # A step keeps a variance of 1, as (1 - beta) + beta = 1. So the noise has the rest of it.
     alpha_bars = np.cumprod(1 - betas)  # others call this alphas_cumprod
     alpha_bars_prev = np.append(1.0, alpha_bars[:-1])  # one step earlier
     schedule = {
@@ -124,8 +124,8 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). For eps it is L_simple, eq. 14.
 
     The output with the least error is the mean of all eps (or x_0) that could have led to x_t. The
-    bound on -log p(x_0), p the model, sums such errors over t, weighted (eq. 12). L_simple drops
-    the weights. Digits use x_0: the 784 numbers of eps are independent, and all must pass the MLP.
+    paper's bound on -log p(x_0) adds up such errors, with a weight for each t (eq. 12). L_simple
+    has no weights. For digits, eps would be 784 unrelated numbers, too hard for an MLP: use x_0.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
