@@ -1,16 +1,16 @@
 """DDPM with an MLP: Denoising Diffusion Probabilistic Models, complete, in one file.
 
-T small steps turn data into noise. A network learns to undo them, and makes new data from fresh
-noise. Sections 2 to 6 are the method; the rest is plumbing. https://arxiv.org/abs/2006.11239
+Diffusion turns data into noise in T small steps. A network learns to undo these steps. Then it can
+start from fresh noise and make new data (sections 2 to 6). https://arxiv.org/abs/2006.11239
 
     python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
     python main.py --dataset mnist          handwritten digits, in ten minutes
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
-A training example is one point (D = 2 numbers) or one digit (D = 784), never the whole heart. B is
-the batch size. Careful: x_0 is always clean data. Our t = 0..T-1 counts from zero, so x_t at t = 0
-is not x_0: it has had one step of noise, and is the paper's x_1.
+An example x_0 is one point (D = 2 numbers) or one digit (D = 784), never the whole heart. A batch
+has B of them. x_0 always means clean data. Steps are t = 0, ..., T - 1 here and 1, ..., T in the
+paper: our x_t is x after the steps 0 to t, so even x_t at t = 0 has some noise.
 """
 
 import json
@@ -44,39 +44,33 @@ def swiss_roll():
     return torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10 + 0.01 * torch.randn(8000, 2)
 
 
-DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # see load_data for MNIST and files
+DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data adds MNIST and your own files
 
 
 def standardise(data):
-    """Return (x_0, shift, scale) with x_0 = (data - shift) / scale, given data (N, D)."""
+    """Return x_0 (N, D), shift and scale for data (N, D), where x_0 = (data - shift) / scale."""
     if data.shape[1] == 784:
-        shift = scale = torch.tensor(127.5)  # from 0..255 to -1..1, as in the paper's section 3.3
-    else:  # mean 0 and average variance 1, as the noise has: then every x_t has them, too
+        shift = scale = torch.tensor(127.5)  # 0..255 becomes -1..1, as in the paper's section 3.3
+    else:  # mean 0, variance 1, like the noise. Then all x_t have numbers of the same size.
         shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
 
-# %% 2. Noise schedule: section 4 of the paper
+# %% 2. Noise schedule: how much noise each step adds (section 4 of the paper)
 def make_schedule(T):
-    """Return all that depends on t alone, as tensors (T,)."""
-    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). With the
-    # factor 1000 / T, the last x is noise for every T, not only for the paper's 1000.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # in float64: 1 - alpha_bar needs its precision
-    betas = betas.clip(max=0.999)  # T = 20 would end with 1, and p_sample would divide by 0
-    # Steps 0..t multiply x_0 by sqrt(alpha_bar), where alpha_bar is the product of their 1 - beta.
-    # A step keeps a variance of 1, as (1 - beta) + beta = 1. So the noise has the rest of it.
-    alpha_bars = np.cumprod(1 - betas)  # others call this alphas_cumprod
-    alpha_bars_prev = np.append(1.0, alpha_bars[:-1])  # one step earlier
-    schedule = {
-        "betas": betas,
-        "signal": np.sqrt(alpha_bars),  # eq. 4: x_t = signal * x_0 + noise_std * eps
-        "noise_std": np.sqrt(1 - alpha_bars),  # where eps is drawn from N(0, I)
-        # eq. 7: given x_t and x_0, x before step t has the mean coef_x_0 * x_0 + coef_x_t * x_t
-        "coef_x_0": np.sqrt(alpha_bars_prev) * betas / (1 - alpha_bars),
-        "coef_x_t": np.sqrt(1 - betas) * (1 - alpha_bars_prev) / (1 - alpha_bars),
-        "posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),
-    }
-    return SimpleNamespace(**{name: torch.tensor(np.float32(x)) for name, x in schedule.items()})
+    """Return three tables, each (T,): betas, signal and noise_std.
+
+    Step t turns x into       sqrt(1 - beta_t) * x + sqrt(beta_t) * noise           (eq. 2)
+    The steps 0 to t give     x_t = signal[t] * x_0 + noise_std[t] * eps            (eq. 4)
+    with noise, eps from N(0, I). A step keeps a variance of 1, as (1 - beta_t) + beta_t = 1. Hence
+    signal**2 + noise_std**2 = 1. signal**2 is alpha_bar, the product of all 1 - beta so far.
+    """
+    # 1000 / T keeps the sum of all betas, and so the noise at the end, the same for every T.
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T
+    betas = betas.clip(max=0.999)  # T = 20 would end with 1, and eq. 15 would divide by 0
+    alpha_bars = np.cumprod(1 - betas)  # or alphas_cumprod. float64, as 1 - alpha_bar can be small
+    tables = {"betas": betas, "signal": np.sqrt(alpha_bars), "noise_std": np.sqrt(1 - alpha_bars)}
+    return SimpleNamespace(**{name: torch.tensor(np.float32(x)) for name, x in tables.items()})
 
 
 # %% 3. Forward process
@@ -87,19 +81,19 @@ def q_sample(schedule, x_0, t, eps):
 
 # %% 4. Network
 def sinusoidal_embedding(x, size, scale):
-    """Turn numbers (B,) into sines and cosines (B, size), of frequencies from scale downwards."""
-    frequencies = scale * 10_000 ** -torch.linspace(0, 1, size // 2)
+    """Turn each number in x (B,) into fast and slow sines and cosines (B, size)."""
+    frequencies = scale * 10_000 ** -torch.linspace(0, 1, size // 2)  # from scale to scale / 10,000
     angles = x[:, None] * frequencies  # (B, size / 2)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 class MLP(nn.Module):
-    """A residual MLP that maps x_t (B, D) and t (B,) to a guess (B, D) of eps or x_0."""
+    """A residual MLP that maps x_t (B, D) and t (B,) to a guess (B, D) of eps or of x_0."""
 
     def __init__(self, data_dim, hidden_size, hidden_layers, embedding_size, num_timesteps):
         super().__init__()
         self.embedding_size = embedding_size
-        self.time_scale = 1000 / num_timesteps  # t is embedded as if T were the paper's 1000
+        self.time_scale = 1000 / num_timesteps  # embeds t as if there were the paper's 1000 steps
         x_size = 2 * embedding_size if data_dim == 2 else data_dim
         self.first = nn.Linear(x_size + embedding_size, hidden_size)
         self.blocks = nn.ModuleList()
@@ -121,11 +115,13 @@ class MLP(nn.Module):
 
 # %% 5. Loss
 def loss_simple(model, schedule, x_0, predict):
-    """Return the loss of Algorithm 1 for a batch x_0 (B, D). For eps it is L_simple, eq. 14.
+    """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    The output with the least error is the mean of all eps (or x_0) that could have led to x_t. The
-    paper's bound on -log p(x_0) adds up such errors, with a weight for each t (eq. 12). L_simple
-    has no weights. For digits, eps would be 784 unrelated numbers, too hard for an MLP: use x_0.
+    Many pairs of x_0 and eps give the same x_t. The guess with the least squared error is their
+    average, in which likely pairs count more, and this is what p_sample needs. For eps, the loss is
+    L_simple (eq. 14). The paper's bound on -log p(x_0) is a sum of the same errors with a weight
+    for each t (eq. 12), which L_simple leaves out. For digits we predict x_0, because an MLP can
+    hardly copy 784 unrelated numbers of noise.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -137,20 +133,29 @@ def loss_simple(model, schedule, x_0, predict):
 
 # %% 6. Sampling
 def p_sample(model, schedule, x_t, t, predict, limit):
-    """Undo step t, as in Algorithm 2: from x_t (B, D), after step t, draw x before it (B, D).
+    """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_before (B, D), x before step t.
 
-    If x_0 were known, Bayes' rule would give a normal distribution for x before the step (eq. 7).
-    Its mean is linear in x_0. So we may put in the network's guess, the mean of all x_0 that fit
-    x_t, and get the right mean. For small steps, x is nearly normal. limit is the largest |x_0|.
+    If x_0 were known, x_before would be normal by Bayes' rule (eq. 7), with the mean
+    coef_x_0 * x_0 + coef_x_t * x_t and the standard deviation sigma computed below.
+    But the network only guesses the average of all x_0 that could have led to x_t. For the mean,
+    this is enough: the average x_0 gives the average mean, as the formula is linear in x_0. The
+    spread of x_0 makes x_before wider, but hardly if step t is small. This is why T is large.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
-    x_0_hat = x_0_hat.clamp(-limit, limit)  # as the authors do: a small signal magnifies errors
-    mean = schedule.coef_x_0[t] * x_0_hat + schedule.coef_x_t[t] * x_t
-    # For eps without the clamp, this is line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
-    # The variance is beta_tilde_t (eq. 7), 0 if t is 0. The paper's section 3.2 also tries beta_t.
-    return mean + schedule.posterior_std[t] * torch.randn_like(x_t)
+    x_0_hat = x_0_hat.clamp(-limit, limit)  # to the largest |x_0|: a small signal magnifies errors
+    beta, noise_std = schedule.betas[t], schedule.noise_std[t]
+    signal_before, noise_std_before = 1.0, 0.0  # before step 0, x is clean data
+    if t > 0:
+        signal_before, noise_std_before = schedule.signal[t - 1], schedule.noise_std[t - 1]
+    coef_x_0 = signal_before * beta / noise_std**2  # eq. 7, where noise_std**2 is 1 - alpha_bar
+    coef_x_t = (1 - beta) ** 0.5 * noise_std_before**2 / noise_std**2
+    sigma = beta**0.5 * noise_std_before / noise_std  # sigma**2 is beta_tilde, 0 for t = 0
+    mean = coef_x_0 * x_0_hat + coef_x_t * x_t
+    # For eps without the clamp, it equals line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
+    # The paper also tries sigma**2 = beta (section 3.2): much larger, but only in the first few t.
+    return mean + sigma * torch.randn_like(x_t)
 
 
 @torch.no_grad()
@@ -165,7 +170,7 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 
 # %% 7. Training
 def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_rate):
-    """Train by Algorithm 1. Save model.pt, training.gif. config: predict, limit, examples, ..."""
+    """Train by Algorithm 1. Save training.gif, and model.pt with config (see new_config)."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
     snapshot_epochs = [num_epochs * k**2 // 6**2 for k in range(6)]  # of 300: 0, 8, 33, 75, ...
     frames = []
@@ -173,7 +178,6 @@ def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_ra
     try:
         for epoch in bar:
             if epoch in snapshot_epochs:
-                save_checkpoint(out / "model.pt", model, config)
                 frames.append(snapshot(model, schedule, config, epoch))
             rate = min((epoch + 1) / 5, 1 - epoch / num_epochs)  # rises, then falls
             optimizer.param_groups[0]["lr"] = learning_rate * rate
@@ -208,8 +212,8 @@ def draw(title, x, colour, data):
     axes = figure.add_axes((0, 0, 1, 4 / 4.4))
     axes.set_title(title, fontsize=16)
     if x.shape[1] == 2:
-        limit = 1.3 * data.abs().max().item()
-        axes.axis((-limit, limit, -limit, limit))
+        edge = 1.3 * data.abs().max().item()
+        axes.axis((-edge, edge, -edge, edge))
         axes.scatter(*data[:1000].T.cpu(), s=16, color="tab:blue", alpha=0.05, linewidths=0)
         axes.scatter(*x[:300].T.cpu(), s=9, color=colour, linewidths=0)
     else:
@@ -223,10 +227,10 @@ def draw(title, x, colour, data):
 
 
 def animate(model, schedule, config, out, num_samples, every):
-    """Run p_sample_loop, and return samples (N, D). Save a GIF: data to noise to samples."""
+    """Draw samples (num_samples, D) and return them. Save a GIF: data to noise to samples."""
     T = len(schedule.betas)
     x_0 = config["examples"]
-    counts = [*range(0, T, every), T]  # the numbers of noise steps to draw
+    counts = [*range(0, T, every), T]  # a frame shows x after so many noise steps
     eps = torch.randn_like(x_0)  # the same in all frames, so that you can follow a point
     frames = [draw("data", x_0, "tab:blue", x_0)]
     for count in counts[1:]:
@@ -237,7 +241,7 @@ def animate(model, schedule, config, out, num_samples, every):
     for count, x in tqdm(chain, "sampling", total=T + 1):
         if count in counts:
             frames.append(draw(f"removing noise: {count} left", x, "tab:orange", x_0))
-    durations = [250 if count <= T / 4 else 50 for count in counts + counts[::-1]]  # milliseconds
+    durations = [250 if count <= T / 4 else 50 for count in counts + counts[::-1]]  # ms
     durations[-1] = 3000
     imageio.mimsave(out / "process.gif", frames, duration=durations, loop=0)
     imageio.imwrite(out / "samples.png", frames[-1])
@@ -253,17 +257,8 @@ def energy_distance(a, b):
 # %% 9. Files, command line, and main, which puts everything together
 CHOICES = f"choose {', '.join(DATASETS)}, a .npy or .csv file with two numbers a row, or mnist "
 CHOICES += "(offline: put {train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
-# A checkpoint holds these options. They win over the command line.
+# The options that make a model. model.pt keeps them, and they win over the command line.
 MODEL = ["dataset", "predict", "num_timesteps", "embedding_size", "hidden_size", "hidden_layers"]
-DIGITS = {  # the defaults for mnist; those for points are in parse_options
-    "predict": "x_0",
-    "hidden_size": 768,
-    "hidden_layers": 4,
-    "train_batch_size": 256,
-    "num_epochs": 34,
-    "learning_rate": 4e-3,
-    "show_image_step": 20,
-}
 
 
 def load_data(name, data_dir):
@@ -279,9 +274,9 @@ def load_data(name, data_dir):
         points = torch.from_numpy(points.astype(np.float32))
     except Exception as error:
         raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; {CHOICES}") from error
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 100 or not points.std(0).max() > 0:
+    if points.shape[1:] != (2,) or len(points) < 100 or not 0 < points.std(0).max() < np.inf:
         sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 finite numbers")
-    return points.repeat(1 + 7999 // len(points), 1)  # so that an epoch has at least 8000 examples
+    return points.repeat(1 + 7999 // len(points), 1)  # so an epoch has at least 8000 examples
 
 
 def save_checkpoint(path, model, config):
@@ -293,7 +288,7 @@ def save_checkpoint(path, model, config):
 
 
 def load_checkpoint(path, device):
-    """Return config and weights from a file that save_checkpoint wrote."""
+    """Return the dictionary that save_checkpoint has written."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         names = [*MODEL, "shift", "scale", "limit", "examples", "weights"]
@@ -326,10 +321,11 @@ def parse_options(argv):
     args = parser.parse_args(argv)
     checkpoint = None if args.checkpoint is None else load_checkpoint(args.checkpoint, args.device)
     dataset = args.dataset if checkpoint is None else checkpoint["dataset"]
-    if dataset == "mnist":
-        parser.set_defaults(**DIGITS)
-        args = parser.parse_args(argv)  # again, with these defaults
-    if checkpoint is not None:  # the network is that of the checkpoint, whatever the flags say
+    if dataset == "mnist":  # parse again, with the defaults for digits
+        parser.set_defaults(predict="x_0", hidden_size=768, hidden_layers=4, train_batch_size=256)
+        parser.set_defaults(num_epochs=34, learning_rate=4e-3, show_image_step=20)
+        args = parser.parse_args(argv)
+    if checkpoint is not None:
         vars(args).update({name: checkpoint[name] for name in MODEL})
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 1_000_000:
@@ -339,28 +335,34 @@ def parse_options(argv):
     return args, checkpoint
 
 
+def new_config(args):
+    """Return x_0 (N, D) to train on, and config: all that model.pt holds besides the weights."""
+    data = load_data(args.dataset, args.data_dir).to(args.device)
+    config = {name: getattr(args, name) for name in MODEL}
+    x_0, config["shift"], config["scale"] = standardise(data)
+    config["limit"] = x_0.abs().max()  # p_sample clips to it
+    config["examples"] = x_0[torch.randperm(len(x_0))[:8000]]  # for pictures, and to compare with
+    return x_0, config
+
+
 def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
     started = time.perf_counter()
     args, checkpoint = parse_options(argv)
     if args.dataset != "mnist":
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would be slower
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would be slower for points
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
     torch.set_default_device(None if args.device == "cpu" else args.device)  # None: CPU, but faster
     torch.manual_seed(args.seed)
-    name = Path(args.dataset).stem + ("" if checkpoint is None else "_samples")
-    out = Path(args.output_dir or f"outputs/{name}")
-    config = checkpoint  # options, shift, scale, limit (largest |x_0|), examples, weights
+    folder = Path(args.dataset).stem + ("" if checkpoint is None else "_samples")
+    out = Path(args.output_dir or f"outputs/{folder}")
+    config = checkpoint
     if checkpoint is None:
-        data = load_data(args.dataset, args.data_dir).to(args.device)
-        config = {name: getattr(args, name) for name in MODEL}  # for model.pt, with what follows
-        x_0, config["shift"], config["scale"] = standardise(data)
-        config["limit"] = x_0.abs().max()  # p_sample clips to it
-        config["examples"] = x_0[torch.randperm(len(x_0))[:8000]]  # real data, to compare with
+        x_0, config = new_config(args)
     examples = config["examples"]
-    D = examples.shape[1]
     schedule = make_schedule(args.num_timesteps)
-    model = MLP(D, args.hidden_size, args.hidden_layers, args.embedding_size, args.num_timesteps)
+    sizes = (args.hidden_size, args.hidden_layers, args.embedding_size, args.num_timesteps)
+    model = MLP(examples.shape[1], *sizes)
     out.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
         if (out / "model.pt").exists():
@@ -374,7 +376,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = animate(model, schedule, config, out, args.eval_batch_size, args.show_image_step)
     samples = (x * config["scale"] + config["shift"]).cpu()
-    if D == 784:
+    if args.dataset == "mnist":
         samples = samples.round().clamp(0, 255).byte().view(-1, 28, 28)
     np.save(out / "samples.npy", samples.numpy())
     distance = energy_distance(x, examples)
@@ -391,9 +393,7 @@ if __name__ == "__main__":
         main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # a full disk, a folder that cannot be written
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # a bug, and not only too little memory
         sys.exit(f"main.py: error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error):
-            raise
-        sys.exit("main.py: error: too large for the memory of this computer")

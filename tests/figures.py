@@ -200,7 +200,6 @@ def grid(rows, names, path, titles=()):
 
 
 # Each experiment: a title, options of main.py, and what to write in place of what in its source
-POSTERIOR = '"posterior_std": np.sqrt(betas * (1 - alpha_bars_prev) / (1 - alpha_bars)),'
 SINES = (
     "        if x_t.shape[1] == 2:  # points: waves as short as 2 pi / 25 = 0.25 show fine detail\n"
     "            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]"
@@ -221,7 +220,7 @@ EXPERIMENTS = [
     (
         "beta for beta tilde",
         "",
-        {POSTERIOR: '"posterior_std": np.sqrt(betas) * (alpha_bars_prev < 1),'},
+        {"sigma = beta**0.5 * noise_std_before / noise_std": "sigma = beta**0.5 * (t > 0)"},
     ),
     ("width 16", "--hidden_size 16", {}),
     ("width 32", "--hidden_size 32", {}),
