@@ -8,9 +8,8 @@ start from fresh noise and make new data (sections 2 to 6). https://arxiv.org/ab
     python main.py --dataset mnist          handwritten digits, in ten minutes
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
-An example x_0 is one point (D = 2 numbers) or one digit (D = 784), never the whole heart. A batch
-has B of them. x_0 always means clean data. Steps are t = 0, ..., T - 1 here and 1, ..., T in the
-paper: our x_t is x after the steps 0 to t, so even x_t at t = 0 has some noise.
+An example x_0 is one point (D = 2 numbers) or one digit (D = 784), never the whole heart. B of them
+are a batch. Steps are t = 0..T-1 here, 1..T in the paper: our x_t is x after the steps 0 to t.
 """
 
 import json
@@ -48,7 +47,7 @@ DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data adds MNIST an
 
 
 def standardise(data):
-    """Return x_0 (N, D), shift and scale for data (N, D), where x_0 = (data - shift) / scale."""
+    """Return x_0 = (data - shift) / scale for data (N, D), and this shift and scale."""
     if data.shape[1] == 784:
         shift = scale = torch.tensor(127.5)  # 0..255 becomes -1..1, as in the paper's section 3.3
     else:  # mean 0, variance 1, like the noise. Then all x_t have numbers of the same size.
@@ -63,12 +62,12 @@ def make_schedule(T):
     Step t turns x into       sqrt(1 - beta_t) * x + sqrt(beta_t) * noise           (eq. 2)
     The steps 0 to t give     x_t = signal[t] * x_0 + noise_std[t] * eps            (eq. 4)
     with noise, eps from N(0, I). A step keeps a variance of 1, as (1 - beta_t) + beta_t = 1. Hence
-    signal**2 + noise_std**2 = 1. signal**2 is alpha_bar, the product of all 1 - beta so far.
+    signal**2 + noise_std**2 = 1. We call signal**2 alpha_bar: the product of all 1 - beta so far.
     """
-    # 1000 / T keeps the sum of all betas, and so the noise at the end, the same for every T.
+    # alpha_bar is about exp(-sum of betas). With 1000 / T, it ends near 0 for every T.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
     betas = betas.clip(max=0.999)  # T = 20 would end with 1, and eq. 15 would divide by 0
-    alpha_bars = np.cumprod(1 - betas)  # or alphas_cumprod. float64, as 1 - alpha_bar can be small
+    alpha_bars = np.cumprod(1 - betas)  # alphas_cumprod elsewhere. 1 - alpha_bar needs float64
     tables = {"betas": betas, "signal": np.sqrt(alpha_bars), "noise_std": np.sqrt(1 - alpha_bars)}
     return SimpleNamespace(**{name: torch.tensor(np.float32(x)) for name, x in tables.items()})
 
@@ -117,11 +116,11 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many pairs of x_0 and eps give the same x_t. The guess with the least squared error is their
-    average, in which likely pairs count more, and this is what p_sample needs. For eps, the loss is
-    L_simple (eq. 14). The paper's bound on -log p(x_0) is a sum of the same errors with a weight
-    for each t (eq. 12), which L_simple leaves out. For digits we predict x_0, because an MLP can
-    hardly copy 784 unrelated numbers of noise.
+    Many eps (and x_0) could have led to the same x_t. The guess with the least squared error is
+    their average, where likely ones count more. This average is all that p_sample needs.
+    For eps, the loss is L_simple (eq. 14): the errors in the paper's bound on -log p(x_0), without
+    its weight for each t (eq. 12). For digits, x_0 is the better target, because 784 unrelated
+    numbers of noise hardly fit through an MLP.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -135,16 +134,16 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_before (B, D), x before step t.
 
-    If x_0 were known, x_before would be normal by Bayes' rule (eq. 7), with the mean
-    coef_x_0 * x_0 + coef_x_t * x_t and the standard deviation sigma computed below.
-    But the network only guesses the average of all x_0 that could have led to x_t. For the mean,
-    this is enough: the average x_0 gives the average mean, as the formula is linear in x_0. The
-    spread of x_0 makes x_before wider, but hardly if step t is small. This is why T is large.
+    In short: guess x_0, mix the guess with x_t, and add a little noise. Why? If x_0 were known,
+    x_before would be normal by Bayes' rule, with the mean coef_x_0 * x_0 + coef_x_t * x_t and the
+    standard deviation sigma (eq. 7). The network only guesses the average of all x_0 that could
+    have led to x_t. Put into this linear formula, it gives the average of all these means. The
+    spread of x_0 makes x_before wider, but hardly so if beta_t is small. This is why T is large.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
-    x_0_hat = x_0_hat.clamp(-limit, limit)  # to the largest |x_0|: a small signal magnifies errors
+    x_0_hat = x_0_hat.clamp(-limit, limit)  # limit: largest |x_0|. A small signal magnifies errors
     beta, noise_std = schedule.betas[t], schedule.noise_std[t]
     signal_before, noise_std_before = 1.0, 0.0  # before step 0, x is clean data
     if t > 0:
@@ -153,8 +152,8 @@ def p_sample(model, schedule, x_t, t, predict, limit):
     coef_x_t = (1 - beta) ** 0.5 * noise_std_before**2 / noise_std**2
     sigma = beta**0.5 * noise_std_before / noise_std  # sigma**2 is beta_tilde, 0 for t = 0
     mean = coef_x_0 * x_0_hat + coef_x_t * x_t
-    # For eps without the clamp, it equals line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
-    # The paper also tries sigma**2 = beta (section 3.2): much larger, but only in the first few t.
+    # For eps without the clamp, this is line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
+    # The paper also tries sigma**2 = beta (section 3.2). It is much larger only for the smallest t.
     return mean + sigma * torch.randn_like(x_t)
 
 
@@ -169,8 +168,18 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 
 
 # %% 7. Training
+def new_config(args):
+    """Return x_0 (N, D) to train on, and config: what model.pt holds besides the weights."""
+    data = load_data(args.dataset, args.data_dir).to(args.device)
+    config = {name: getattr(args, name) for name in MODEL}  # options, for example predict
+    x_0, config["shift"], config["scale"] = standardise(data)
+    config["limit"] = x_0.abs().max()  # p_sample clips to it
+    config["examples"] = x_0[torch.randperm(len(x_0))[:8000]]  # for pictures, and to compare with
+    return x_0, config
+
+
 def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_rate):
-    """Train by Algorithm 1. Save training.gif, and model.pt with config (see new_config)."""
+    """Train by Algorithm 1. Save training.gif, and model.pt with config and the weights."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
     snapshot_epochs = [num_epochs * k**2 // 6**2 for k in range(6)]  # of 300: 0, 8, 33, 75, ...
     frames = []
@@ -333,16 +342,6 @@ def parse_options(argv):
     if args.embedding_size % 2:
         parser.error("--embedding_size must be even")
     return args, checkpoint
-
-
-def new_config(args):
-    """Return x_0 (N, D) to train on, and config: all that model.pt holds besides the weights."""
-    data = load_data(args.dataset, args.data_dir).to(args.device)
-    config = {name: getattr(args, name) for name in MODEL}
-    x_0, config["shift"], config["scale"] = standardise(data)
-    config["limit"] = x_0.abs().max()  # p_sample clips to it
-    config["examples"] = x_0[torch.randperm(len(x_0))[:8000]]  # for pictures, and to compare with
-    return x_0, config
 
 
 def main(argv=None):
