@@ -8,9 +8,8 @@ gives a guess of x_0. That is blurred at first, so we step a little towards it, 
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
-Careful: x_0 is always clean data. Our t = 0..T-1 counts from zero, so x_t at t = 0 is not x_0: it
-has had one step of noise, and is the paper's x_1. alpha_bars[0] is the paper's alpha_bar_1.
 x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
+Steps are t = 0..T-1 here, 1..T in the paper: our x_t is the image after the steps 0 to t.
 """
 
 import json
@@ -67,11 +66,11 @@ def load_images(dataset, data_dir, size):
 
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
-    """Return alpha_bars (T,): running products of alpha_t = 1 - beta_t. Others: alphas_cumprod."""
+    """Return alpha_bars (T,): running products of 1 - beta_t. Elsewhere: alphas_cumprod."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
     # 1000 / T lets the last x be noise for every T, not only for the paper's 1000.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
-    betas = betas.clip(max=0.999)  # T = 20 would end with 1, and eq. 15 would divide by 0
+    betas = betas.clip(max=0.999)  # T = 20 would end with beta = 1: nothing of x_0 would be left
     return torch.from_numpy(np.cumprod(1 - betas))
 
 
@@ -81,7 +80,8 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0), a Gaussian by Bayes' rule (eq. 6, 7)."""
+    """Return mean and variance of x before step t, given x_0 and x_t: a Gaussian (eq. 6, 7)."""
+    # Bayes' rule: its density is q(x before | x_0) q(x_t | x before), a product of two Gaussians.
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -118,27 +118,27 @@ class UNet(nn.Module):
         super().__init__()
         E = 4 * base_channels  # width of temb, the embedding of t and label
         widths = [base_channels * mult for mult in channel_mults]  # from large images to small
-        # Fast and slow sines and cosines tell near and far t apart. 1000 / T: as if T were 1000.
+        # Fast waves tell close t apart, slow ones distant t. 1000 / T: every T looks like 1000.
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.downs = nn.ModuleList()  # with widths 24, 48, 96: from 24 to 24, and from 24 to 48
-        self.ups = nn.ModuleList()  # from 48 + 24 (a skip) to 24, and from 96 + 48 to 48
+        self.downs = nn.ModuleList()  # if widths are 24, 48, 96: from 24 to 24, from 24 to 48
+        self.ups = nn.ModuleList()  # in reverse: from 96 + 48 (a skip) to 48, from 48 + 24 to 24
         C_in = widths[0]
         for C, C_below in pairwise(widths):
             self.downs.append(ResBlock(C_in, C, E))
             self.ups.append(ResBlock(C_below + C, C, E))
             C_in = C
         C = widths[-1]
-        self.middle_1 = ResBlock(C_in, C, E)  # from 48 to 96
+        self.middle_1 = ResBlock(C_in, C, E)  # at the bottom: from 48 to 96
         self.attention = nn.MultiheadAttention(C, num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(C, C, E)
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
-        if len(x_t) > 100 and not torch.is_grad_enabled():  # in sampling: saves memory, time
+        if len(x_t) > 100 and not torch.is_grad_enabled():  # sampling: 100 at a time saves memory
             parts = zip(x_t.split(100), t.split(100), labels.split(100))
             return torch.cat([self(*part) for part in parts])
         angles = t[:, None] * self.frequencies  # (B, E / 2)
@@ -168,21 +168,22 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
     t = torch.randint(len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # a tenth learns without labels: see guidance
+    dropped = torch.rand(len(x_0)) < 0.1  # without labels: guidance needs such guesses, too
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
 
 # %% 5. Sampling
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2: draw from eq. 6 with (the clamped) x_0_hat in place of x_0."""
+    """Take one step of Algorithm 2: draw from q_posterior with the guess x_0_hat as x_0."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take a step of DDIM without fresh noise: arXiv 2010.02502, eq. 12 (its alpha: alpha_bar)."""
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, to fit x_0_hat
+    """Mix the guesses of image and noise again, with less noise: arXiv 2010.02502, eq. 12."""
+    # The clamp has changed x_0_hat, so compute the noise that goes with it.
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 
@@ -218,7 +219,7 @@ def train(net, ema, images, labels, options, path, state):
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
     alpha_bars = make_schedule(options["num_timesteps"]).float().to(images.device)
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
-    if state.get("optimizer"):  # the model in the box has none
+    if state.get("optimizer"):  # tests/models/ddpm_unet_mnist.pt has none
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = options["learning_rate"]
     B = options["train_batch_size"]
@@ -269,10 +270,7 @@ def sample(net, args, out):
     """Draw images of all labels in turn. Save them, and a GIF: x_t on the left, x_0_hat right."""
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
-    classes = torch.tensor(args.label or range(args.num_classes))
-    if classes.min() < 0 or classes.max() >= args.num_classes:
-        sys.exit(f"ddpm_unet.py: error: --label: choose from 0 to {args.num_classes - 1}")
-    labels = classes[torch.arange(len(x)) % len(classes)]
+    labels = torch.tensor(args.label).repeat(len(x))[: len(x)]  # all labels, again and again
     alpha_bars = make_schedule(args.num_timesteps)
     num_steps = min(args.sampling_steps, args.num_timesteps)
     chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
@@ -360,11 +358,14 @@ def main(argv=None):
         out = Path(args.resume).parent
     elif (out / "model.pt").exists():
         sys.exit(f"ddpm_unet.py: error: {out} holds a model: --resume it, or change --output_dir")
-    out.mkdir(parents=True, exist_ok=True)
     if args.checkpoint is None:
         images, labels = load_images(args.dataset, args.data_dir, args.image_size)
         _, args.channels, args.image_size, _ = images.shape
         args.num_classes = labels.max().item() + 1
+    args.label = args.label or [*range(args.num_classes)]
+    if min(args.label) < 0 or max(args.label) >= args.num_classes:
+        sys.exit(f"ddpm_unet.py: error: --label: choose from 0 to {args.num_classes - 1}")
+    out.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(args, name) for name in MODEL + TRAINING}
     net = UNet(**{name: options[name] for name in MODEL})
     ema = deepcopy(net).requires_grad_(False)  # an average of the weights, which draws better

@@ -61,10 +61,11 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
-# The prior is p(x_T), pure noise. Steps of q are reversible: prior(a) q(b | a) = prior(b) q(a | b)
-# for all a and b. So if x_{t-1} were drawn from the prior, the step back would be a step of q. Data
-# are not, so the true step back, q(x_{t-1} | x_t), differs. Before training, p(x_{t-1} | x_t) is a
-# step of q; z, the network's output, corrects it. If steps are small, the form is nearly right.
+# The prior, p(x_T), is pure noise. What is the step back, q(x_{t-1} | x_t)? Steps of q are
+# reversible: prior(a) q(b | a) = prior(b) q(a | b) for all a and b. So if x_{t-1} were pure noise,
+# the step back would be a step of q, too. But x_{t-1} comes from data, so the step back differs.
+# Our p(x_{t-1} | x_t) is a step of q with parameters that z, the network's output, corrects. This
+# is enough if steps are small: q(x_{t-1} | x_t) is then nearly Gaussian (bits: independent).
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -75,13 +76,13 @@ class Gaussian(nn.Module):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        # alpha_bar_t, the product (1 - beta_1) .. (1 - beta_t), is x_0's share of x_t's variance.
-        # Before training, its log-odds (signal against noise) fall evenly; alpha_bar_T is 0.001.
-        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # alpha_bar_1 = 1 - beta_1
+        # alpha_bar_t = (1 - beta_1) ... (1 - beta_t) is x_0's share of the variance of x_t. Before
+        # training, its log-odds fall evenly, from those of 1 - beta_1 down to -7, which is 0.001.
+        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # (T,)
         log_alpha_bars = nn.functional.logsigmoid(self.log_odds)  # sigmoid undoes log-odds
-        betas = -torch.expm1(log_alpha_bars.diff())  # 1 - alpha_bar_t / alpha_bar_{t-1}, t = 2..T
-        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)  # not for digits
-        # beta_0 = 0 makes alpha_bar_0 1. beta_1 is fixed, as in the paper, to prevent overfitting.
+        betas = -torch.expm1(log_alpha_bars.diff())  # (T - 1,): 1 - alpha_bar_t / alpha_bar_{t-1}
+        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
+        # The paper keeps beta_1 fixed, against overfitting. beta_0 = 0 stands for no step: x_0.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
@@ -92,8 +93,8 @@ class Gaussian(nn.Module):
         return Normal((log_alpha / 2).exp() * x, stddev)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
-        # Bayes' rule: q(x_{t-1} | x_0) times q(x_t | x_{t-1}), a bump in x_{t-1} with mean
-        # x_t / sqrt(1 - beta), precision (1 - beta) / beta. Precisions and precision * mean add up.
+        # Bayes' rule: q(x_{t-1} | x_0) times q(x_t | x_{t-1}), a bell curve in x_{t-1} of precision
+        # (1 - beta) / beta and mean x_t / sqrt(1 - beta). Precisions and precision * mean add up.
         before = self.q(x_0, 0, t - 1)
         beta = self.q(x_t, t - 1, t).variance  # the same for any x
         variance = 1 / (1 / before.variance + (1 - beta) / beta)
@@ -126,8 +127,8 @@ class Binomial(nn.Module):
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
         return Bernoulli(alpha * x + (1 - alpha) * self.m)
 
-    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0)
-        # Bayes' rule for log-odds of x_{t-1} = 1: given x_0, plus log q(x_t | 1) - log q(x_t | 0).
+    def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
+        # Bayes' rule for the log-odds of x_{t-1} = 1: those given x_0, plus what x_t says of it.
         before = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
@@ -135,25 +136,25 @@ class Binomial(nn.Module):
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
-        return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # for a finite KL
+        return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # never 0 or 1: KL stays finite
 
 
 # %% 3. The bound: what training maximises
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    K = H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T) - sum_{t=2}^T E_q KL(posterior || p_reverse)
-    By Jensen, log p(x_0) >= E_q log(p(x_0..x_T) / q(x_1..x_T | x_0)). On average over data, this is
-    K: p / q is p(x_T), times a factor p(x_{t-1} | x_t) / q(x_t | x_{t-1}) for each t.
-    - p(x_T) gives -H_p(x_T), as E log prior(x) depends only on the mean of x^2 (for bits, x) over
-      data and dimensions. This mean, 1 or m, is the same for the prior, scaled data and x_t.
-    - t >= 2: by Bayes, q(x_t | x_{t-1}) is the posterior times q(x_t | x_0) / q(x_{t-1} | x_0). So
-      the factor is (p_reverse / posterior) * (q(x_{t-1} | x_0) / q(x_t | x_0)). The log of the
-      first part has the mean -KL. The product of the others is q(x_1 | x_0) / q(x_T | x_0); its log
-      has the mean H_q(x_T | x_0) - H_q(x_1 | x_0).
-    - t = 1: p(x_0 | x_1) is fixed, a step of q (eq. 44). As that is reversible, the factor is
-      prior(x_0) / prior(x_1). The mean of its logarithm is 0, for the same reason as above.
-    If z = 0, each factor is prior(x_{t-1}) / prior(x_t): K is log prior(x_0) on average, L_null.
+    Jensen:  log p(x_0) >= E_q log( p(x_T) * product_{t=1}^T p(x_{t-1} | x_t) / q(x_t | x_{t-1}) )
+    Bayes:   q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) * q(x_t | x_0) / q(x_{t-1} | x_0)   if t >= 2
+    From t = 2 to T, the last two factors cancel each other, except for q(x_T | x_0) / q(x_1 | x_0).
+    So on average over data, the right side of Jensen's inequality is
+
+    K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
+        + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
+
+    E log p(x_T) = -H_p(x_T), because log prior(x) depends only on x^2 (bits: x). Its mean over data
+    and dimensions is 1 (bits: m) for data, all x_t and the prior. So t = 1 adds 0: p(x_0 | x_1) is
+    a step of q (eq. 44), and by reversibility, p / q in Jensen's line is prior(x_0) / prior(x_1).
+    If z = 0, the same holds for all t, and K is L_null, the mean of log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -164,7 +165,7 @@ def bound(model, x_0):
     H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H_q(x_T | x_0)
     H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H_q(x_1 | x_0)
     H_prior = x_0.shape[1] * process.prior.entropy()  # H_p(x_T)
-    K = -(process.T - 1) * kl + H_end - H_start - H_prior  # one random kl stands for all T - 1
+    K = -(process.T - 1) * kl + H_end - H_start - H_prior  # one random t stands for all T - 1
     return K / math.log(2), t
 
 
@@ -241,7 +242,7 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # small t: large KLs, only about details
+        if options["dataset"] == "mnist":  # KLs at small t are large, but about details
             loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, whatever x is
         optimizer.zero_grad()
         loss.mean().backward()
@@ -392,8 +393,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, RuntimeError) as error:
-        # RuntimeErrors that are no bugs: too little memory, a model of another size, no network
-        words = "allocate", "state_dict", "download"
+        words = "allocate", "state_dict", "download"  # memory, size of a model, network: no bugs
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         sys.exit(f"dpm_2015.py: error: {' '.join(str(error).split())}")
