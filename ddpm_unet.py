@@ -1,7 +1,8 @@
 """DDPM with a U-Net: Denoising Diffusion Probabilistic Models (arXiv 2006.11239), in one file.
 
-T small steps turn an image x_0 into noise. A U-Net learns to guess the noise in x_t; taking it out
-gives a guess of x_0. That is blurred at first, so we step a little towards it, and guess again.
+T small steps turn an image x_0 into noise. A U-Net learns to guess the noise in x_t. Taking it out
+gives a guess of x_0: at first a blurred one, the average of all images that fit x_t. So we step a
+little towards it, and guess again. By default, sampling skips most steps (DDIM, arXiv 2010.02502).
 
     python ddpm_unet.py                                     MNIST, in about an hour on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
@@ -9,7 +10,7 @@ gives a guess of x_0. That is blurred at first, so we step a little towards it, 
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
 x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
-Steps are t = 0..T-1 here, 1..T in the paper: our x_t is the image after the steps 0 to t.
+Steps are t = 0..T-1 here, 1..T in the paper: x_t is x after the steps 0 to t. x_0 always is clean.
 """
 
 import json
@@ -67,9 +68,8 @@ def load_images(dataset, data_dir, size):
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
     """Return alpha_bars (T,): running products of 1 - beta_t. Elsewhere: alphas_cumprod."""
-    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2). The factor
-    # 1000 / T lets the last x be noise for every T, not only for the paper's 1000.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T
+    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2).
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # 1000 / T: the last x is noise for every T
     betas = betas.clip(max=0.999)  # T = 20 would end with beta = 1: nothing of x_0 would be left
     return torch.from_numpy(np.cumprod(1 - betas))
 

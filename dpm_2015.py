@@ -61,11 +61,10 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
-# The prior, p(x_T), is pure noise. What is the step back, q(x_{t-1} | x_t)? Steps of q are
-# reversible: prior(a) q(b | a) = prior(b) q(a | b) for all a and b. So if x_{t-1} were pure noise,
-# the step back would be a step of q, too. But x_{t-1} comes from data, so the step back differs.
-# Our p(x_{t-1} | x_t) is a step of q with parameters that z, the network's output, corrects. This
-# is enough if steps are small: q(x_{t-1} | x_t) is then nearly Gaussian (bits: independent).
+# The prior p(x_T) is pure noise, and q is reversible: prior(a) q(b | a) = prior(b) q(a | b). So, by
+# Bayes' rule, if x_{t-1} were pure noise, the step back would be a step of q. But x_{t-1} comes
+# from data, and the step back differs. Our p(x_{t-1} | x_t) is a step of q with parameters that z,
+# the network's output, corrects. If steps are small, the step back is nearly of this form.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -104,7 +103,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # deviation from eq. 65: z = 0 is a step of q
+        mu = step.mean + step.stddev * z_mu  # not eq. 65: z = 0 is to be a step of q
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -151,10 +150,11 @@ def bound(model, x_0):
     K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
         + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
 
-    E log p(x_T) = -H_p(x_T), because log prior(x) depends only on x^2 (bits: x). Its mean over data
-    and dimensions is 1 (bits: m) for data, all x_t and the prior. So t = 1 adds 0: p(x_0 | x_1) is
-    a step of q (eq. 44), and by reversibility, p / q in Jensen's line is prior(x_0) / prior(x_1).
-    If z = 0, the same holds for all t, and K is L_null, the mean of log prior(x_0).
+    p(x_T): log prior(x) depends only on x^2 (bits: x), whose mean over data and dimensions is 1
+            (bits: m) for x_0, all x_t and the prior. So log prior(x_t) has the mean -H_p for all t.
+    t = 1:  p(x_0 | x_1) is a step of q (eq. 44). By reversibility, p / q is
+            prior(x_0) / prior(x_1), whose logarithm has the mean 0.
+    z = 0:  The same holds for all t, so K is L_null, the mean of log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -199,10 +199,10 @@ class Model(nn.Module):
         """Return z (B, D), or z_mu and z_sigma (B, 2 D), for x_t (B, D) and t (B, 1)."""
         B, D = x_t.shape
         h = torch.cat((self.dense(x_t).view(B, D, -1), x_t[:, :, None]), dim=2)  # features, x_t
-        y = self.read_out(self.units(h)).view(B, -1, 10)  # (B, D or 2 D, 10): mu, sigma, mu, ..
+        y = self.read_out(self.units(h)).view(B, D, -1, 10)  # 10 for each z of each number
         g = self.temporal_basis[t[:, 0] - 1]  # (B, 10)
-        z = y @ g[:, :, None]  # eq. 62: z = sum_j g_j(t) y_j
-        return z.view(B, D, -1).transpose(1, 2).flatten(1)  # all z_mu, then all z_sigma
+        z = torch.einsum("bdkj,bj->bdk", y, g)  # eq. 62: z = sum_j g_j(t) y_j
+        return z.transpose(1, 2).flatten(1)  # all z_mu, then all z_sigma
 
 
 # %% 5. Sampling and inpainting
@@ -242,7 +242,7 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # KLs at small t are large, but about details
+        if options["dataset"] == "mnist":  # KLs at small t are large: let them count less
             loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, whatever x is
         optimizer.zero_grad()
         loss.mean().backward()

@@ -8,8 +8,8 @@ start from fresh noise and make new data (sections 2 to 6). https://arxiv.org/ab
     python main.py --dataset mnist          handwritten digits, in ten minutes
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
-An example x_0 is one point (D = 2 numbers) or one digit (D = 784), never the whole heart. B of them
-are a batch. Steps are t = 0..T-1 here, 1..T in the paper: our x_t is x after the steps 0 to t.
+One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart; B make a batch.
+Steps are t = 0..T-1 here, 1..T in the paper: x_t is x after the steps 0 to t. x_0 always is clean.
 """
 
 import json
@@ -61,8 +61,9 @@ def make_schedule(T):
 
     Step t turns x into       sqrt(1 - beta_t) * x + sqrt(beta_t) * noise           (eq. 2)
     The steps 0 to t give     x_t = signal[t] * x_0 + noise_std[t] * eps            (eq. 4)
-    with noise, eps from N(0, I). A step keeps a variance of 1, as (1 - beta_t) + beta_t = 1. Hence
-    signal**2 + noise_std**2 = 1. We call signal**2 alpha_bar: the product of all 1 - beta so far.
+    with noise and eps from N(0, I): the noise of all steps adds up to one eps. signal**2, or
+    alpha_bar, is the product of all 1 - beta so far. noise_std**2 is the rest, 1 - alpha_bar,
+    because a step keeps a variance of 1: (1 - beta_t) + beta_t = 1.
     """
     # alpha_bar is about exp(-sum of betas). With 1000 / T, it ends near 0 for every T.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T
@@ -116,11 +117,11 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many eps (and x_0) could have led to the same x_t. The guess with the least squared error is
-    their average, where likely ones count more. This average is all that p_sample needs.
-    For eps, the loss is L_simple (eq. 14): the errors in the paper's bound on -log p(x_0), without
-    its weight for each t (eq. 12). For digits, x_0 is the better target, because 784 unrelated
-    numbers of noise hardly fit through an MLP.
+    Many eps could have led to the same x_t, so the network cannot know eps. Its best guess, with
+    the least squared error, is the average of all these eps, in which likely ones count more.
+    For eps, this is L_simple (eq. 14). The paper's bound on -log p(x_0) is a sum of such errors,
+    each with a factor that depends on t (eq. 12). L_simple drops these factors. For digits, we
+    predict x_0: noise is 784 unrelated numbers, more than an MLP can pass on.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -136,9 +137,9 @@ def p_sample(model, schedule, x_t, t, predict, limit):
 
     In short: guess x_0, mix the guess with x_t, and add a little noise. Why? If x_0 were known,
     x_before would be normal by Bayes' rule, with the mean coef_x_0 * x_0 + coef_x_t * x_t and the
-    standard deviation sigma (eq. 7). The network only guesses the average of all x_0 that could
-    have led to x_t. Put into this linear formula, it gives the average of all these means. The
-    spread of x_0 makes x_before wider, but hardly so if beta_t is small. This is why T is large.
+    standard deviation sigma (eq. 7). The network guesses the average of all x_0 that could have
+    led to x_t. As the mean is linear in x_0, the average x_0 gives the right mean. Not knowing x_0
+    spreads x_before more than sigma, but hardly so if beta_t is small. This is why T is large.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
