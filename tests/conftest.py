@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: real digits, files to refuse, and how an error is printed."""
+"""What the tests of the scripts share: real digits, files to refuse, and how to run a script."""
 
 import gzip
 import os
@@ -87,13 +87,14 @@ def run_script(script, *options):
 
 
 def error_of(script, options, folder, capsys):
-    """Return the one line with which a script refuses its options. In folder, no file may change."""
+    """Return the one line with which a script refuses its options. No file in folder may change."""
     before = content(folder)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.chdir(folder)
         run_script(script, *options)
     # argparse prints its message itself, and exits with 2. Ours goes to sys.exit, which prints it.
     line = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code
-    assert line.startswith(f"{script}: error: ") and "\n" not in line
+    assert line.startswith(f"{Path(script).name}: error: ")
+    assert "\n" not in line
     assert content(folder) == before
     return line

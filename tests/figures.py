@@ -1,8 +1,7 @@
-"""Draws the figures of the README from models that the scripts trained, and from tests/models.
+"""Draw the figures of the README from models that the scripts trained, and from tests/models.
 
 python main.py && python dpm_2015.py
 python tests/figures.py               a minute after that; into images/
-python tests/figures.py FOLDER        the same from the models in FOLDER, instead of outputs
 python tests/figures.py experiments   trains the heart 13 times with something changed, and draws it
 """
 
@@ -24,36 +23,38 @@ import dpm_2015
 import main
 
 BLUE, ORANGE, GREEN, GREY = "tab:blue", "tab:orange", "tab:green", "tab:gray"
-OUT = ROOT / "images"
+NO_TICKS = {"xticks": (), "yticks": (), "aspect": "equal"}
+ARROWS = {"width": 0.004, "angles": "xy", "scale_units": "xy", "scale": 4}
 
 
-def load(script, path):
-    """The options and the content of a model.pt."""
-    args, content = script.parse_options(["--checkpoint", str(path), "--device", "cpu"])
-    return args, content
-
-
-def panels(n, height=3.2, **options):
-    """A figure with n axes in a row."""
+def new_figure(rows, columns, height):
+    """Return a figure with axes (rows, columns)."""
     figure = Figure(figsize=(10, height), dpi=90, layout="constrained")
-    return figure, figure.subplots(1, n, squeeze=False, **options)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save(figure, name):
+    """Write images/figure_NAME.png."""
+    figure.savefig(ROOT / "images" / f"figure_{name}.png")
 
 
 def schedules(roll):
-    """How much of the data is left at each step, and the signal-to-noise ratio, in each script."""
+    """Draw how much of the data is left at each step in each script. roll: model.pt of the roll."""
     process = dpm_2015.Gaussian(roll["options"]["num_timesteps"], 1e-4, learn_betas=True)
-    names = {name.removeprefix("process."): x for name, x in roll["model"].items()}
-    process.load_state_dict(names, strict=False)
-    t = torch.arange(1, process.T + 1)
-    learned = 1 - process.q(0, 0, t).variance.detach()
-    heartbeat = dpm_2015.Binomial(2000, 0.2).alpha_bars[1:]
+    process.logit_betas.data = roll["model"]["process.logit_betas"]
+    learned = 1 - process.q(0, 0, torch.arange(1, process.T + 1)).variance.detach()
     curves = [
         ("main.py, T = 200", main.make_schedule(200).signal ** 2, BLUE, "-"),
         ("ddpm_unet.py, T = 1000", ddpm_unet.make_schedule(1000), ORANGE, "--"),
         ("dpm_2015.py, swiss roll, learned, T = 40", learned, GREEN, "-"),
-        ("dpm_2015.py, heartbeat, T = 2000", heartbeat, GREY, "-"),
+        (
+            "dpm_2015.py, heartbeat, T = 2000",
+            dpm_2015.Binomial(2000, 0.2).alpha_bars[1:],
+            GREY,
+            "-",
+        ),
     ]
-    figure, (left, right) = panels(2)
+    figure, ((left, right),) = new_figure(1, 2, height=3.2)
     for name, alpha_bars, colour, style in curves:
         place = torch.arange(1, len(alpha_bars) + 1) / len(alpha_bars)
         left.plot(place, alpha_bars, style, color=colour, label=name)
@@ -61,11 +62,11 @@ def schedules(roll):
     left.set(xlabel="t / T", ylabel="alpha_bar")
     right.set(xlabel="t / T", ylabel="signal-to-noise ratio", yscale="log")
     figure.legend(loc="outside upper center", ncols=2, fontsize=11)
-    figure.savefig(OUT / "figure_schedules.png")
+    save(figure, "schedules")
 
 
 def exact_eps(schedule, points):
-    """The best network for a finite data set: E[eps | x_t], a softmax over its points."""
+    """Return the best network for a finite data set: E[eps | x_t], a softmax over its points."""
 
     def model(x_t, t):
         signal, noise_std = schedule.signal[t[0]], schedule.noise_std[t[0]]
@@ -75,153 +76,125 @@ def exact_eps(schedule, points):
     return model
 
 
-@torch.no_grad()
-def heart(args, content):
-    """Loss of the network at each t and the least possible; its score and the exact one."""
-    x_0, _, _ = main.standardise(main.heart())
-    schedule = main.make_schedule(args.num_timesteps)
-    sizes = (args.hidden_size, args.hidden_layers, args.embedding_size, args.num_timesteps)
-    network = main.MLP(2, *sizes)
-    network.load_state_dict(content["weights"])
-    exact = exact_eps(schedule, x_0[::4])
-    strip(schedule, x_0, network, content["limit"])
-    floor(schedule, x_0, network, exact)
-    scores(schedule, network, exact, x_0)
-
-
 def strip(schedule, x_0, network, limit):
-    """The heart at six noise levels: above, noise is added; below, it is removed."""
+    """Draw the heart at six noise levels: above, noise is added; below, it is removed."""
     T = len(schedule.betas)
     shown = [0, T // 20, T // 8, T // 4, T // 2, T]
     chain = main.p_sample_loop(network, schedule, (600, 2), "eps", limit)
-    reverse = {step: x for step, x in chain if step in shown}
-    x, eps = x_0[torch.randint(len(x_0), (600,))], torch.randn(600, 2)
-    figure = Figure(figsize=(10, 3.7), dpi=90, layout="constrained")
-    for row, colour in zip(figure.subplots(2, 6), (BLUE, ORANGE)):
-        for axes, step in zip(row, shown):
-            points = reverse[step]
-            if colour == BLUE:
-                points = main.q_sample(schedule, x, torch.tensor([step - 1]), eps) if step else x
-                axes.set_title(f"{step} of {T} steps", fontsize=11)
-            axes.scatter(*points.T, s=3, color=colour, linewidths=0)
-            axes.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), xticks=(), yticks=(), aspect="equal")
-        row[0].set_ylabel("data" if colour == BLUE else "samples", fontsize=11)
-    figure.savefig(OUT / "figure_strip.png")
+    samples = {step: x for step, x in chain if step in shown}
+    x = x_0[torch.randint(len(x_0), (600,))]
+    eps = torch.randn(600, 2)
+    figure, (above, below) = new_figure(2, 6, height=3.7)
+    for k, step in enumerate(shown):
+        x_t = x if step == 0 else main.q_sample(schedule, x, torch.tensor([step - 1]), eps)
+        above[k].scatter(*x_t.T, s=3, color=BLUE, linewidths=0)
+        above[k].set_title(f"{step} of {T} steps", fontsize=11)
+        below[k].scatter(*samples[step].T, s=3, color=ORANGE, linewidths=0)
+        for axes in (above[k], below[k]):
+            axes.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), **NO_TICKS)
+    above[0].set_ylabel("data", fontsize=11)
+    below[0].set_ylabel("samples", fontsize=11)
+    save(figure, "strip")
 
 
 def floor(schedule, x_0, network, exact):
-    """Squared error of eps at every fourth step, of the network and of the exact model."""
+    """Draw the squared error of eps at every fourth step, of the network and the exact model."""
     steps = range(0, len(schedule.betas), 4)
-    found = {"the network": [], "the least possible": []}
-    for step in steps:
-        t = torch.full((2000,), step)
-        x, eps = x_0[torch.randint(len(x_0), (2000,))], torch.randn(2000, 2)
-        x_t = main.q_sample(schedule, x, t, eps)
-        for model, losses in zip((network, exact), found.values()):
+    figure, ((axes,),) = new_figure(1, 1, height=3.2)
+    looks = ((network, "o", ORANGE, "the network"), (exact, "-", BLUE, "the least possible"))
+    for model, style, colour, name in looks:
+        torch.manual_seed(0)  # the same draws for both
+        losses = []
+        for step in steps:
+            x, eps = x_0[torch.randint(len(x_0), (2000,))], torch.randn(2000, 2)
+            t = torch.full((2000,), step)
+            x_t = main.q_sample(schedule, x, t, eps)
             losses.append((eps - model(x_t, t)).square().mean())
-    figure, (axes,) = panels(1)
-    for (name, losses), look in zip(found.items(), ("o", "-")):
-        colour = ORANGE if look == "o" else BLUE
-        axes.plot([step + 1 for step in steps], losses, look, color=colour, ms=4, label=name)
+        axes.plot([step + 1 for step in steps], losses, style, color=colour, ms=4, label=name)
     axes.set(xlabel="noise steps", ylabel="squared error of eps, per number")
     axes.legend()
-    figure.savefig(OUT / "figure_floor.png")
+    save(figure, "floor")
 
 
-def scores(schedule, network, exact, x_0):
-    """Arrows where noisy points are, at three steps: the score times the variance of the noise."""
+def scores(schedule, x_0, network, exact):
+    """Draw arrows where noisy points are, at three steps: the score times the noise's variance."""
     side = torch.linspace(-2.6, 2.6, 24)
-    points = torch.cartesian_prod(side, side)  # (576, 2)
-    look = {"width": 0.004, "angles": "xy", "scale_units": "xy", "scale": 4}
-    figure = Figure(figsize=(10, 6.8), dpi=90, layout="constrained")
-    for row, model, name in zip(figure.subplots(2, 3), (exact, network), ("exact", "the network")):
+    grid = torch.cartesian_prod(side, side)  # (576, 2)
+    figure, rows = new_figure(2, 3, height=6.8)
+    looks = ((exact, GREY, "exact"), (network, ORANGE, "the network"))
+    for row, (model, colour, name) in zip(rows, looks):
         row[0].set_ylabel(name, fontsize=12)
         for axes, step in zip(row, (10, 20, 60)):
-            x_t = main.q_sample(schedule, x_0[::4], torch.tensor([step - 1]), torch.randn(2000, 2))
-            axes.scatter(*x_t.T, s=2, color=BLUE, alpha=0.3, linewidths=0)
             noise_std = schedule.noise_std[step - 1]
-            near = points[torch.cdist(points, x_t).min(dim=1)[0] < 2 * noise_std]
-            move = -model(near, torch.full((len(near),), step - 1)) * noise_std
-            axes.quiver(*near.T, *move.T, color=GREY if model is exact else ORANGE, **look)
-            axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), xticks=(), yticks=(), aspect="equal")
+            x_t = main.q_sample(schedule, x_0[::4], torch.tensor([step - 1]), torch.randn(2000, 2))
+            near = grid[torch.cdist(grid, x_t).min(dim=1)[0] < 2 * noise_std]
+            arrows = -model(near, torch.full((len(near),), step - 1)) * noise_std
+            axes.scatter(*x_t.T, s=2, color=BLUE, alpha=0.3, linewidths=0)
+            axes.quiver(*near.T, *arrows.T, color=colour, **ARROWS)
+            axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), **NO_TICKS)
             axes.set_title(f"step {step} of {len(schedule.betas)}", fontsize=12)
-    figure.savefig(OUT / "figure_score.png")
+    save(figure, "score")
 
 
-@torch.no_grad()
-def unet(content):
-    """One x_T through several samplers; and what the network sees in a digit at each t."""
-    options = content["options"]
-    net = ddpm_unet.UNet(**{name: options[name] for name in ddpm_unet.MODEL})
-    net.load_state_dict(content["ema"])
-    alpha_bars = ddpm_unet.make_schedule(options["num_timesteps"])
-    labels = torch.arange(12) % 10
-    rows, names = [], []
-    for sampler, steps in (("ddim", 10), ("ddim", 50), ("ddim", 250), ("ddpm", 250)):
-        torch.manual_seed(3)
-        x_T = torch.randn(12, 1, 28, 28)
-        chain = ddpm_unet.p_sample_loop(net, alpha_bars, steps, x_T, labels, 0.5, sampler)
-        rows.append(list(chain)[-1][1])
-        names.append(f"{sampler}, {steps} steps")
-    grid(rows, names, "figure_samplers.png")
-    torch.manual_seed(0)
-    x_T = torch.randn(25, 1, 28, 28)
-    chain = ddpm_unet.p_sample_loop(net, alpha_bars, 50, x_T, torch.arange(25) % 10, 0.5, "ddim")
-    x = list(chain)[-1][1].flatten(1)
-    imageio.imwrite(OUT / "ddpm_unet_digits.png", main.draw("ddpm_unet.py", x, "", x))
-    path = ROOT / "tests" / "mnist" / "t10k-images-idx3-ubyte.gz"
-    images = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
-    digits = images[16 : 16 + 25 * 784].view(25, 784) / 127.5 - 1  # after 16 bytes of header
-    imageio.imwrite(OUT / "real_digits.png", main.draw("real digits", digits, "", digits))
-    digit = digits[0].view(28, 28)
+def digit_rows(rows, names, file, titles=()):
+    """Draw rows of digits (n, 1, 28, 28) with a name each, and titles over the first row."""
+    figure, axes = new_figure(len(rows), 1, height=0.85 * len(rows) + 0.3)
+    for ax, row, name in zip(axes[:, 0], rows, names):
+        ax.imshow(ddpm_unet.tile(row, len(row)))
+        ax.set(**NO_TICKS)
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
+    axes[0, 0].set_xticks([30 * k + 16 for k in range(len(titles))], titles, fontsize=12)
+    axes[0, 0].xaxis.tick_top()
+    save(figure, file)
+
+
+def unet_samples(net, alpha_bars, count, steps, sampler):
+    """Return digits (count, 1, 28, 28) with labels in turn; the same x_T for each sampler."""
+    torch.manual_seed(3)
+    x_T = torch.randn(count, 1, 28, 28)
+    labels = torch.arange(count) % 10
+    for _, x, _ in ddpm_unet.p_sample_loop(net, alpha_bars, steps, x_T, labels, 0.5, sampler):
+        pass
+    return x
+
+
+def unet(net, alpha_bars):
+    """Draw one x_T through several samplers, and what the network sees in a digit at each t."""
+    samplers = [("ddim", 10), ("ddim", 50), ("ddim", 250), ("ddpm", 250)]
+    rows = [unet_samples(net, alpha_bars, 12, steps, sampler) for sampler, steps in samplers]
+    digit_rows(rows, [f"{sampler}, {steps} steps" for sampler, steps in samplers], "samplers")
+    drawn = unet_samples(net, alpha_bars, 25, 50, "ddim").flatten(1)
+    file = ROOT / "tests" / "mnist" / "t10k-images-idx3-ubyte.gz"
+    pixels = np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=16)
+    real = torch.tensor(pixels[: 25 * 784] / 127.5 - 1).float().view(25, 784)
+    pictures = (("ddpm_unet_digits", "ddpm_unet.py", drawn), ("real_digits", "real digits", real))
+    for name, title, digits in pictures:
+        imageio.imwrite(ROOT / "images" / f"{name}.png", main.draw(title, digits, "", digits))
     t = torch.linspace(0, len(alpha_bars) - 1, 12).long()
     torch.manual_seed(0)
-    eps = torch.randn(12, 1, 28, 28)
     alpha_bar = alpha_bars[t].float().view(-1, 1, 1, 1)
-    x_t = ddpm_unet.q_sample(digit.expand(12, 1, -1, -1), alpha_bar, eps)
+    x_t = ddpm_unet.q_sample(real[0].view(1, 1, 28, 28), alpha_bar, torch.randn(12, 1, 28, 28))
     eps_hat = net(x_t, t, torch.full((12,), net.no_label))
     x_0_hat = (x_t - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5
     titles = [str(step + 1) for step in t.tolist()]
-    grid([x_t, x_0_hat.clamp(-1, 1)], ["x_t at step", "x_0_hat"], "figure_sees.png", titles)
-
-
-def grid(rows, names, path, titles=()):
-    """Rows of digits (n, 1, 28, 28) with a name each."""
-    figure = Figure(figsize=(10, 0.85 * len(rows) + 0.3), dpi=90, layout="constrained")
-    for axes, row, name in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, names):
-        axes.imshow(ddpm_unet.tile(row, len(row)))
-        axes.set(yticks=(), xticks=())
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
-    if titles:
-        first = figure.axes[0]
-        first.set_xticks([30 * k + 16 for k in range(len(titles))], titles, fontsize=12)
-        first.xaxis.tick_top()
-    figure.savefig(OUT / path)
+    digit_rows([x_t, x_0_hat.clamp(-1, 1)], ["x_t at step", "x_0_hat"], "sees", titles)
 
 
 # Each experiment: a title, options of main.py, and what to write in place of what in its source
-SINES = (
-    "        if x_t.shape[1] == 2:  # points: waves as short as 2 pi / 25 = 0.25 show fine detail\n"
-    "            inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]"
-    "  # x: (B,)\n"
-)
+RAW = {
+    "2 * embedding_size if data_dim == 2 else data_dim": "data_dim",
+    "if x_t.shape[1] == 2": "if False",
+}
+BETA = {"beta**0.5 * noise_std_before / noise_std": "beta**0.5 * (t > 0)"}
 EXPERIMENTS = [
     ("T = 20", "--num_timesteps 20", {}),
     ("T = 50", "--num_timesteps 50", {}),
     ("T = 200: the default", "", {}),
     ("T = 1000", "--num_timesteps 1000", {}),
     ("x_T is not noise", "", {"0.02, T) * 1000 / T": "0.02, T)"}),
-    (
-        "raw coordinates",
-        "",
-        {"2 * embedding_size if data_dim == 2 else data_dim": "data_dim", SINES: ""},
-    ),
+    ("raw coordinates", "", RAW),
     ("predict x_0", "--predict x_0", {}),
-    (
-        "beta for beta tilde",
-        "",
-        {"sigma = beta**0.5 * noise_std_before / noise_std": "sigma = beta**0.5 * (t > 0)"},
-    ),
+    ("beta for beta tilde", "", BETA),
     ("width 16", "--hidden_size 16", {}),
     ("width 32", "--hidden_size 32", {}),
     ("learning rate 0.005", "--learning_rate 5e-3", {}),
@@ -232,13 +205,11 @@ EXPERIMENTS = [
 
 def experiments(folder):
     """Train the heart once for each experiment, unless that is done, and draw all samples."""
-    figure = Figure(figsize=(10, 6.9), dpi=90, layout="constrained")
-    panels = figure.subplots(3, 5).flat
-    for (title, options, changes), axes in zip(EXPERIMENTS, panels):
+    figure, panels = new_figure(3, 5, height=6.9)
+    for (title, options, changes), axes in zip(EXPERIMENTS, panels.flat):
         out = folder / title.replace(" ", "_").replace(":", "")
         source = (ROOT / "main.py").read_text()
         for old, new in changes.items():
-            assert source.count(old) == 1, f"main.py has changed: {old}"
             source = source.replace(old, new)
         if not (out / "run.json").exists():
             out.mkdir(parents=True, exist_ok=True)
@@ -247,20 +218,38 @@ def experiments(folder):
             subprocess.run([*command, "--num_samples", "10000"], check=True)
         distance = json.loads((out / "run.json").read_text())["energy distance"]
         axes.scatter(*np.load(out / "samples.npy")[:1000].T, s=2, color=ORANGE, linewidths=0)
-        axes.set(xlim=(-5, 5), ylim=(-5, 5), xticks=(), yticks=(), aspect="equal")
+        axes.set(xlim=(-5, 5), ylim=(-5, 5), **NO_TICKS)
         axes.set_title(f"{title}\n{distance:.4f}", fontsize=11)
-    for axes in panels:
+    for axes in panels.flat[len(EXPERIMENTS) :]:
         axes.axis("off")
-    figure.savefig(OUT / "figure_experiments.png")
+    save(figure, "experiments")
+
+
+@torch.no_grad()
+def all_but_experiments(outputs):
+    """Draw the figures of the models in outputs/heart, dpm_2015_swiss_roll and tests/models."""
+    torch.manual_seed(0)
+    schedules(torch.load(outputs / "dpm_2015_swiss_roll" / "model.pt", weights_only=True))
+    path = outputs / "heart" / "model.pt"
+    args, content = main.parse_options(["--checkpoint", str(path), "--device", "cpu"])
+    sizes = (args.hidden_size, args.hidden_layers, args.embedding_size, args.num_timesteps)
+    network = main.MLP(2, *sizes)
+    network.load_state_dict(content["weights"])
+    schedule = main.make_schedule(args.num_timesteps)
+    x_0, _, _ = main.standardise(main.heart())
+    exact = exact_eps(schedule, x_0[::4])
+    strip(schedule, x_0, network, content["limit"])
+    floor(schedule, x_0, network, exact)
+    scores(schedule, x_0, network, exact)
+    path = ROOT / "tests" / "models" / "ddpm_unet_mnist.pt"
+    state = ddpm_unet.load_checkpoint(path, "cpu")
+    net = ddpm_unet.UNet(**{name: state["options"][name] for name in ddpm_unet.MODEL})
+    net.load_state_dict(state["ema"])
+    unet(net, ddpm_unet.make_schedule(state["options"]["num_timesteps"]))
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["experiments"]:
-        sys.exit(experiments(ROOT / "outputs" / "experiments"))
-    outputs = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs")
-    torch.manual_seed(0)
-    path = outputs / "dpm_2015_swiss_roll" / "model.pt"
-    schedules(torch.load(path, map_location="cpu", weights_only=True))
-    heart(*load(main, outputs / "heart" / "model.pt"))
-    path = ROOT / "tests" / "models" / "ddpm_unet_mnist.pt"
-    unet(torch.load(path, map_location="cpu", weights_only=True))
+        experiments(ROOT / "outputs" / "experiments")
+    else:
+        all_but_experiments(Path("outputs"))

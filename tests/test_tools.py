@@ -1,0 +1,141 @@
+"""Tests of likelihood.py, benchmark.py and figures.py.
+
+The bound in bits is compared with its closed form for normal data, and the decoder with the 256
+levels that it must share out. The README must show what benchmark.py prints.
+"""
+
+import ast
+import gzip
+import math
+import re
+
+import benchmark
+import figures
+import likelihood
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, error_of, exact_schedule, run_script
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
+
+import ddpm_unet
+
+LEVELS = torch.arange(256).double() / 127.5 - 1
+
+
+def decoder_variance(T):
+    """Return beta_tilde of t = 1, in float64."""
+    betas, alpha_bars = exact_schedule(T)
+    return (1 - alpha_bars[0]) / (1 - alpha_bars[1]) * betas[1]
+
+
+@pytest.mark.parametrize(("T", "terms"), [(50, 49), (50, 7), (20, 40)])
+def test_bound_of_normal_data(T, terms):
+    """For x_0 ~ N(0, s^2) the best network is linear, and each part of the bound has a formula."""
+    s = 0.25
+    betas, alpha_bars = exact_schedule(T)
+    slopes = np.sqrt(1 - alpha_bars) / (alpha_bars * s**2 + 1 - alpha_bars)
+    left = s**2 * np.sqrt(1 - alpha_bars) * slopes  # the variance of x_0 - x_0_hat
+
+    def net(x_t, t, labels):
+        return x_t * torch.tensor(slopes)[t].view(-1, 1, 1, 1)
+
+    torch.manual_seed(0)
+    x_0 = s * torch.randn(3000, 1, 4, 4).double()
+    labels = torch.zeros(3000).long()
+    bits = likelihood.bound(net, ddpm_unet.make_schedule(T), x_0, labels, terms)
+    q = Normal(alpha_bars[-1] ** 0.5 * x_0, (1 - alpha_bars[-1]) ** 0.5)
+    L_T = kl_divergence(q, Normal(0.0, 1.0)).flatten(1).mean(dim=1) / math.log(2)
+    torch.testing.assert_close(bits[:, 0], L_T)
+    before, now = alpha_bars[:-1], alpha_bars[1:]
+    coefs = np.sqrt(before) * betas[1:] / (1 - now)  # eq. 7
+    variances = (1 - before) / (1 - now) * betas[1:]
+    steps = (coefs**2 * left[1:] / variances).sum() / math.log(4)
+    misses = np.linspace(0, 8, 4000) * left[0] ** 0.5  # L_0 by quadrature over x_0 - x_0_hat
+    root = (2 * variances[0]) ** 0.5
+    mass = [
+        math.erfc((x - 1 / 255) / root) / 2 - math.erfc((x + 1 / 255) / root) / 2 for x in misses
+    ]
+    L_0 = np.average(-np.log2(mass), weights=np.exp(-(misses**2) / (2 * left[0])))
+    errors = bits.std(dim=0).numpy() / 3000**0.5
+    assert (abs(bits.mean(dim=0).numpy() - (L_T.mean(), steps, L_0)) < 4 * errors).all()
+
+
+@pytest.mark.parametrize(("T", "mean"), [(20, 0.5), (1000, -1), (1000, 0), (1000, 0.3), (1000, 1)])
+def test_decoder_is_a_distribution_over_levels(T, mean):
+    """The levels share a normal distribution, cut half-way between them; and the floor."""
+    std = likelihood.decoder_std(ddpm_unet.make_schedule(T))
+    assert std**2 == pytest.approx(decoder_variance(T))
+    nats = likelihood.decoder_nats(LEVELS, torch.full_like(LEVELS, mean), std)
+    cuts = np.arange(0.5, 255) / 127.5 - 1
+    below = [math.erfc((mean - cut) / std / 2**0.5) / 2 for cut in cuts]
+    assert (-nats).exp().tolist() == pytest.approx(np.diff([0, *below, 1]).tolist(), abs=1e-9)
+    costs = likelihood.decoder_nats(LEVELS, LEVELS, std) / math.log(2)  # if the mean is perfect
+    assert likelihood.decoder_floor(LEVELS, std) == pytest.approx(costs.mean().item())
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """The checkpoint of a tiny network with random weights, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    options = dict(zip(ddpm_unet.MODEL, (1, 10, 30, 8, [1, 2])))
+    weights = ddpm_unet.UNet(**options).state_dict()
+    state = {"options": options, "step": 1, "net": {}, "ema": weights, "optimizer": {}}
+    torch.save(state, "model.pt")
+    torch.save({**state, "ema": {}}, "no_weights.pt")
+    return tmp_path / "model.pt"
+
+
+def test_whole_run(model, mnist_dir, capsys):
+    """The table adds up, and gzip's row is what gzip needs."""
+    run_script("tests/likelihood.py", model, "--data_dir", mnist_dir, "--num_images", 200)
+    rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    L_T, steps, L_0, total, floor, zipped = (float(row[1].split(" ± ")[0]) for row in rows)
+    assert total == pytest.approx(L_T + steps + L_0, abs=2e-3)
+    assert floor < L_0
+    raw = (mnist_dir / "MNIST/raw/t10k-images-idx3-ubyte").read_bytes()
+    assert zipped == pytest.approx(8 * len(gzip.compress(raw, 9)) / len(raw), rel=0.02)
+
+
+BAD = ["no_weights.pt", "--data_dir=missing", "--num_images=201", "--num_images=1", "--terms=0"]
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_bad_input(option, model, mnist_dir, tmp_path, capsys):
+    options = ["--data_dir", mnist_dir, option]
+    if option.startswith("--"):
+        options.append("model.pt")
+    line = error_of("tests/likelihood.py", options, tmp_path, capsys)
+    assert option.split("=")[0] in line
+
+
+def test_parzen_is_a_mixture_of_normals():
+    torch.manual_seed(0)
+    samples, x = torch.randn(7, 3), torch.randn(1100, 3)
+    normals = Independent(Normal(samples, 0.3), 1)
+    log_p = MixtureSameFamily(Categorical(torch.ones(7)), normals).log_prob(x)
+    bits = log_p.mean().item() / math.log(2)
+    assert benchmark.parzen(samples, x, 0.3) == pytest.approx(bits, rel=1e-3)
+
+
+def test_readme_has_every_row_of_the_benchmark():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| what | mean and range, or median |\n| --- | --- |\n")[1].split("\n\n")[
+        0
+    ]
+    patterns = []
+    for node in ast.walk(ast.parse((ROOT / "tests/benchmark.py").read_text())):
+        if isinstance(node, ast.Yield):
+            name = ast.unparse(node.value.elts[0]).removeprefix("f")[1:-1]
+            patterns.append(re.sub(r"\\{.+?\\}", ".+", re.escape(name)))
+    shown = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()]
+    matches = [[bool(re.fullmatch(pattern, line)) for pattern in patterns] for line in shown]
+    assert np.any(matches, axis=0).all()  # each row of the benchmark is in the README
+    assert np.any(matches, axis=1).all()  # and the README has no other
+
+
+@pytest.mark.parametrize(("title", "options", "changes"), figures.EXPERIMENTS)
+def test_experiments_change_lines_that_exist(title, options, changes):
+    source = (ROOT / "main.py").read_text()
+    assert all(source.count(old) == 1 for old in changes), title
+    assert figures.main.parse_options(options.split())[1] is None
