@@ -150,7 +150,7 @@ def digit_rows(rows, names, file, titles=()):
 
 def unet_samples(net, alpha_bars, count, steps, sampler):
     """Return digits (count, 1, 28, 28) with labels in turn; the same x_T for each sampler."""
-    torch.manual_seed(3)
+    torch.manual_seed(0)
     x_T = torch.randn(count, 1, 28, 28)
     labels = torch.arange(count) % 10
     for _, x, _ in ddpm_unet.p_sample_loop(net, alpha_bars, steps, x_T, labels, 0.5, sampler):
