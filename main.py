@@ -254,7 +254,7 @@ def animate(model, schedule, config, out, num_samples, every):
     durations = [250 if count <= T / 4 else 50 for count in counts + counts[::-1]]  # ms
     durations[-1] = 3000
     imageio.mimsave(out / "process.gif", frames, duration=durations, loop=0)
-    imageio.imwrite(out / "samples.png", frames[-1])
+    imageio.imwrite(out / "samples.png", draw("samples", x, "tab:orange", x_0))
     return x
 
 
