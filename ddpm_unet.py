@@ -10,7 +10,7 @@ little towards it, and guess again. By default, sampling skips most steps (DDIM,
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
 x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
-Steps are t = 0..T-1 here, 1..T in the paper: x_t is x after the steps 0 to t. x_0 always is clean.
+We count steps from 0, the paper from 1: x_0 is clean, but x_t at t = 0 has one step of noise.
 """
 
 import json
@@ -81,7 +81,7 @@ def q_sample(x_0, alpha_bar, eps):
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     """Return mean and variance of x before step t, given x_0 and x_t: a Gaussian (eq. 6, 7)."""
-    # Bayes' rule: its density is q(x before | x_0) q(x_t | x before), a product of two Gaussians.
+    # Bayes' rule: its density is q(x before | x_0) q(x_t | x before), but for a constant factor.
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -168,14 +168,14 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
     t = torch.randint(len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # without labels: guidance needs such guesses, too
+    dropped = torch.rand(len(x_0)) < 0.1  # a tenth learns without its label, for guidance
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
 
 # %% 5. Sampling
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2: draw from q_posterior with the guess x_0_hat as x_0."""
+    """Take one step of Algorithm 2 (but for the clamp): draw from q_posterior of x_0_hat."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
@@ -219,7 +219,7 @@ def train(net, ema, images, labels, options, path, state):
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
     alpha_bars = make_schedule(options["num_timesteps"]).float().to(images.device)
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
-    if state.get("optimizer"):  # tests/models/ddpm_unet_mnist.pt has none
+    if state.get("optimizer"):  # it is empty in tests/models/ddpm_unet_mnist.pt
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = options["learning_rate"]
     B = options["train_batch_size"]

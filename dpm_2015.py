@@ -143,18 +143,18 @@ def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
     Jensen:  log p(x_0) >= E_q log( p(x_T) * product_{t=1}^T p(x_{t-1} | x_t) / q(x_t | x_{t-1}) )
-    Bayes:   q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) * q(x_t | x_0) / q(x_{t-1} | x_0)   if t >= 2
-    From t = 2 to T, the last two factors cancel each other, except for q(x_T | x_0) / q(x_1 | x_0).
-    So on average over data, the right side of Jensen's inequality is
+    p(x_T):  log prior(x) depends only on x^2 (bits: x), whose mean over data and dimensions is 1
+             (bits: m) for x_0, all x_t and the prior. So E log prior(x_t) = -H_p for every t.
+    t = 1:   p(x_0 | x_1) is a step of q (eq. 44). By reversibility, p(x_0 | x_1) / q(x_1 | x_0) is
+             prior(x_0) / prior(x_1), whose log is 0 on average.
+    t >= 2:  by Bayes' rule, q(x_t | x_{t-1}) is the posterior q(x_{t-1} | x_t, x_0), times
+             q(x_t | x_0) / q(x_{t-1} | x_0). The product of these fractions over t = 2..T is
+             q(x_T | x_0) / q(x_1 | x_0).
 
+    So the right side, on average over data, is
     K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
         + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
-
-    p(x_T): log prior(x) depends only on x^2 (bits: x), whose mean over data and dimensions is 1
-            (bits: m) for x_0, all x_t and the prior. So log prior(x_t) has the mean -H_p for all t.
-    t = 1:  p(x_0 | x_1) is a step of q (eq. 44). By reversibility, p / q is
-            prior(x_0) / prior(x_1), whose logarithm has the mean 0.
-    z = 0:  The same holds for all t, so K is L_null, the mean of log prior(x_0).
+    If z = 0, every t is like t = 1, and K is L_null, the mean of log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
