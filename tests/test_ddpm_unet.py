@@ -7,14 +7,11 @@ on bad input. Last, the trained model in tests/models has to draw digits that ar
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from contextlib import suppress
-from copy import deepcopy
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +37,6 @@ import ddpm_unet as ddpm
 TINY = "--num_timesteps 20 --base_channels 8 --channel_mults 1 2 --image_size 8"
 TINY = f"{TINY} -b 4 -e 6 --seed 5 --device cpu".split()
 SAMPLES = {"process.gif", "run.json", "samples.npy", "samples.png"}
-ALL_FILES = SAMPLES | {"model.pt"}
 SAMPLERS = pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 
 
@@ -65,18 +61,16 @@ def test_schedule_and_q_sample(T):
     for beta, alpha_bar in zip(betas, alpha_bars):
         mean = sqrt(1 - beta) * mean
         variance = (1 - beta) * variance + beta
-        noise = ddpm.q_sample(0.0, alpha_bar, 1.0).item()
         assert ddpm.q_sample(1.0, alpha_bar, 0.0).item() == pytest.approx(mean)
-        assert noise**2 == pytest.approx(variance)
+        assert ddpm.q_sample(0.0, alpha_bar, 1.0).item() ** 2 == pytest.approx(variance)
 
 
 @pytest.mark.parametrize(("t", "s"), [(99, 98), (60, 53), (30, 0)])
-def test_q_posterior_is_bayes_rule(t, s):
+@pytest.mark.parametrize(("x_0", "x_t"), [(0.7, -0.4), (-1.0, 0.0)])
+def test_q_posterior_is_bayes_rule(t, s, x_0, x_t):
     """It is the product of q(x_s | x_0) and q(x_t | x_s), here on a grid of values of x_s."""
     alpha_bars = exact_schedule(100)[1]
     alpha = alpha_bars[t] / alpha_bars[s]
-    x_0 = 0.7
-    x_t = -0.4
     x_s = np.linspace(-6, 6, 100_001)
     log_density = -((x_s - sqrt(alpha_bars[s]) * x_0) ** 2) / (1 - alpha_bars[s])
     log_density -= (x_t - sqrt(alpha) * x_s) ** 2 / (1 - alpha)
@@ -105,9 +99,8 @@ def test_loss_is_algorithm_1():
     alpha_bar = torch.tensor(exact_schedule(T)[1])[t].view(-1, 1, 1, 1)
     eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
     assert loss.item() == pytest.approx((0.3 * x_t - eps).square().mean().item())
-    covariance = eps.flatten(1).T.cov()  # of the two pixels, and next that of x_0 and eps
+    covariance = eps.flatten(1).T.cov()  # of the two pixels
     assert_close(covariance, torch.eye(2).double(), rtol=0, atol=0.03)
-    assert abs((eps * x_0).mean()) < 0.03
     counts = t.bincount(minlength=T)
     assert (counts - n / T).square().sum() / (n / T) < 30  # chi-square: all t as likely
     dropped = labels == 7
@@ -130,7 +123,7 @@ def test_samples_of_the_best_network_are_the_data(sampler, num_steps):
         distances = (x[:, None] - means).square().sum(dim=2)
         weights = (-distances / (2 * (1 - alpha_bar))).softmax(dim=1)  # Bayes' rule
         eps = (x - alpha_bar.sqrt() * (weights @ data)) / (1 - alpha_bar).sqrt()
-        return eps.view(x_t.shape)
+        return eps.view_as(x_t)
 
     net.no_label = 10
     torch.manual_seed(0)
@@ -207,8 +200,8 @@ def test_network(channels, levels, T):
     for name, weight in net.named_parameters():
         assert weight.grad.abs().sum() > 0, name
     with torch.no_grad():  # many images go through the network a hundred at a time
-        many = net(x_t.repeat(60, 1, 1, 1), t.repeat(60), labels.repeat(60))
-        assert_close(many[-2:], found, rtol=1e-3, atol=1e-4)
+        many = net(*(inputs.repeat_interleave(60, dim=0) for inputs in (x_t, t, labels)))
+        assert_close(many[[0, -1]], found, rtol=1e-3, atol=1e-4)
         for weight in net.parameters():
             if weight.dim() == 4:  # kernels seen in a mirror turn mirrored x_t into mirrored eps
                 weight.copy_(weight.flip(3))
@@ -229,10 +222,8 @@ PALE = [(255, 255, 255), *COLOURS[1:]]  # the first square is transparent, and b
 PICTURE = squares(*COLOURS)
 GREY = squares(*GREYS).convert("L")
 PALETTE = PICTURE.quantize(4)
-FIRST = PALETTE.getpixel((0, 0))
 CLEAR = PICTURE.copy()
 CLEAR.putalpha(GREY.point([0] + 255 * [255]))
-TURNED = PICTURE.transpose(Image.Transpose.ROTATE_90)
 UPRIGHT = Image.Exif()
 UPRIGHT[0x0112] = 6  # turn it by 90 degrees clockwise to see it as it was
 
@@ -242,10 +233,10 @@ UPRIGHT[0x0112] = 6  # turn it by 90 degrees clockwise to see it as it was
     [
         ("grey.png", GREY, {}, GREYS),
         ("16_bit.png", Image.fromarray(np.array(GREY, np.uint16) * 256 + 77), {}, GREYS),
-        ("transparent_palette.png", PALETTE, {"transparency": FIRST}, PALE),
+        ("transparent_palette.png", PALETTE, {"transparency": PALETTE.getpixel((0, 0))}, PALE),
         ("transparent.png", CLEAR, {}, PALE),
         ("ink.tif", PICTURE.convert("CMYK"), {}, COLOURS),
-        ("turned.JPG", TURNED, {"exif": UPRIGHT, "quality": 95, "subsampling": 0}, COLOURS),
+        ("turned.JPG", PICTURE.rotate(90), {"exif": UPRIGHT, "quality": 95}, COLOURS),
         ("wide 数.bmp", ImageOps.pad(PICTURE, (80, 32), color="pink"), {}, COLOURS),
     ],
 )
@@ -278,7 +269,7 @@ def test_training(monkeypatch, tmp_path, first):
     images = (30 * torch.arange(8)).view(8, 1, 1, 1).expand(8, 1, 8, 8)  # image k is 30 * k
     labels = torch.arange(8) // 3
     net = small_unet(1, 2, 20)
-    ema = deepcopy(net).requires_grad_(False)
+    ema = small_unet(1, 2, 20).requires_grad_(False)
     average = next(net.parameters()).detach().clone()
     loss_simple = ddpm.loss_simple
     adam_step = torch.optim.Adam.step
@@ -336,31 +327,26 @@ def trained(tmp_path_factory):
         path = folder / "images" / "rgb"[k // 2] / f"{k}.png"
         path.parent.mkdir(exist_ok=True, parents=True)
         PICTURE.rotate(60 * k).save(path)
-    run_script(
-        "ddpm_unet.py", *TINY, "--dataset", folder / "images", "--output_dir", folder / "run"
-    )
+    run(folder / "run", "--dataset", folder / "images")
     return folder
 
 
 def test_files_of_a_run(trained):
-    """The pictures show the samples, 10 in a row; the GIF ends with them."""
+    """samples.png shows the samples, 10 in a row, and the GIF ends with them."""
     out = trained / "run"
-    assert {*os.listdir(out)} == ALL_FILES
+    assert set(content(out)) == SAMPLES | {"model.pt"}
     assert load(out)["step"] == 9
     assert json.loads((out / "run.json").read_text())["options"]["num_classes"] == 3
     samples = np.load(out / "samples.npy")
-    assert samples.shape == (100, 8, 8, 3)
-    assert samples.dtype == np.uint8 and samples.std() > 5
     picture = np.array(Image.open(out / "samples.png"))
-    assert picture.shape == (102, 102, 3)  # 2 pixels between images
-    tiles = picture[2:, 2:].reshape(10, 10, 10, 10, 3)[:, :8, :, :8].swapaxes(1, 2)
-    assert (tiles.reshape(samples.shape) == samples).all()
+    tiles = picture[2:, 2:].reshape(10, 10, 10, 10, 3)  # with 2 black rows and columns in each
+    assert_allclose(tiles[:, :8, :, :8].swapaxes(1, 2).reshape(100, 8, 8, 3), samples, rtol=0)
     assert sum(gif_milliseconds(out / "process.gif")) == 100 * (21 + 30)  # 20 steps, then it stays
     with Image.open(out / "process.gif") as gif:
-        assert gif.size == (104, 52)  # 5 x 5 images of x_t, beside x_0_hat
         gif.seek(gif.n_frames - 1)
         last = np.array(gif.convert("RGB")).astype(int)
-    assert abs(last[:50, :50] - picture[:50, :50])[2:10, 2:10].max() < 60  # it has but 256 colours
+    assert last.shape == (52, 104, 3)  # 5 x 5 images of x_t, beside x_0_hat
+    assert abs(last[2:10, 2:10] - samples[0]).max() < 60  # it has but 256 colours
     assert ddpm.to_bytes(torch.tensor([-9.0, -1.0, 0.999, 9.0])).tolist() == [0, 0, 255, 255]
 
 
@@ -373,49 +359,46 @@ def test_sampling_needs_only_the_checkpoint(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(state, "copy.pt")
     ddpm.main(["--checkpoint", "copy.pt", "--device", "cpu"])
-    out = Path("outputs/ddpm_unet_images_samples")
-    assert {*os.listdir(out)} == SAMPLES
-    assert {*os.listdir()} == {"copy.pt", "outputs"}
-    assert (out / "samples.npy").read_bytes() == before["run/samples.npy"]
-    changes = ["--seed 1", "--guidance 5", "--sampler ddpm", "--sampling_steps 3", "--label 2 0"]
-    different = {before["run/samples.npy"]}
-    for change in ["--label 0 1 2", *changes]:  # these labels are those without --label, too
-        run(change, "--checkpoint", trained / "run/model.pt", *change.split())
-        different.add(Path(change, "samples.npy").read_bytes())
+    drawn = content(tmp_path / "outputs/ddpm_unet_images_samples")
+    assert set(drawn) == SAMPLES
+    assert drawn["samples.npy"] == before["run/samples.npy"]
+    different = set()
+    changes = "--seed 5, --seed 1, --guidance 5, --sampler ddpm, --sampling_steps 3, --label 2"
+    for change in changes.split(", "):
+        run(tmp_path / change, "--checkpoint", trained / "run/model.pt", *change.split())
+        different.add(content(tmp_path / change)["samples.npy"])
     assert len(different) == 6
     assert content(trained) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_early_end_and_resume(trained, tmp_path, monkeypatch, number):
-    """A signal in step 4 saves and ends. Resumed, training ends as in one go, bit for bit."""
+@pytest.mark.parametrize(("number", "more"), [(signal.SIGTERM, set()), (signal.SIGINT, SAMPLES)])
+def test_early_end_and_resume(trained, tmp_path, monkeypatch, number, more):
+    """A signal ends training; Ctrl-C draws samples, too. Resumed, all is bit for bit the same."""
     steps = []
     loss_simple = ddpm.loss_simple
 
     def interrupted(*args):
         steps.append(len(steps))
         if len(steps) == 4:
+            assert callable(signal.getsignal(number))  # or SIGTERM would end pytest
             signal.raise_signal(number)
         return loss_simple(*args)
 
     monkeypatch.setattr(ddpm, "loss_simple", interrupted)
     with suppress(SystemExit):
         run(tmp_path, "--dataset", trained / "images")
-    samples = SAMPLES if number == signal.SIGINT else set()  # Ctrl-C goes on to the samples
-    assert {*os.listdir(tmp_path)} == {"model.pt"} | samples
+    assert set(content(tmp_path)) == {"model.pt"} | more
     assert load(tmp_path)["step"] == 4
     ddpm.SIGNALS.clear()
     ddpm.main(["--resume", str(tmp_path / "model.pt"), "--device", "cpu"])
     for entry in ("step", "net", "ema", "optimizer"):
-        resumed = load(tmp_path)[entry]
-        in_one_go = load(trained / "run")[entry]
-        assert_close(resumed, in_one_go, rtol=0, atol=0)
+        assert_close(load(tmp_path)[entry], load(trained / "run")[entry], rtol=0, atol=0)
     assert content(tmp_path)["samples.npy"] == content(trained)["run/samples.npy"]
 
 
 def test_two_processes_are_one_with_both_halves(trained, tmp_path, monkeypatch):
     """Gradients, which Adam averages in exp_avg, are those of the mean of two processes' losses."""
-    options = ["--dataset", trained / "images", "-e", 2]  # 3 steps
+    options = ["--dataset", trained / "images", "-e", 2, "--num_samples", 1]  # 3 steps
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *torchrun, ROOT / "ddpm_unet.py", *TINY, *options]
     command = [*map(str, command), "--output_dir", tmp_path / "two"]
@@ -437,12 +420,11 @@ def test_two_processes_are_one_with_both_halves(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(ddpm, "loss_simple", both_halves)
     run(tmp_path / "one", *options)
     assert together.wait(300) == 0
-    assert {*os.listdir(tmp_path / "two")} == ALL_FILES
+    assert set(content(tmp_path / "two")) == SAMPLES | {"model.pt"}
     one = load(tmp_path / "one")["optimizer"]["state"]
     two = load(tmp_path / "two")["optimizer"]["state"]
     for number, weight in one.items():
-        found = two[number]["exp_avg"]
-        assert_close(found, weight["exp_avg"], rtol=1e-3, atol=1e-4)
+        assert_close(two[number]["exp_avg"], weight["exp_avg"], rtol=1e-3, atol=1e-4)
 
 
 # %% Bad input
@@ -453,8 +435,7 @@ def bad_files(trained, tmp_path_factory):
     write_bad_checkpoints(folder, trained / "run/model.pt", "net")
     for name in ("damaged", "empty"):
         (folder / name).mkdir()
-    PICTURE.save(folder / "damaged/a.png")
-    (folder / "damaged/b.png").write_bytes((folder / "damaged/a.png").read_bytes()[:60])
+    (folder / "damaged/b.png").write_text("this is not an image")
     return folder
 
 
@@ -469,7 +450,7 @@ def test_bad_checkpoints(name, bad_files, capsys):
 
 @pytest.mark.parametrize("value", ["0", "-2", "many"])
 def test_bad_values(value, tmp_path, capsys):
-    """Numbers and choices that make no sense are refused, with the name of the flag."""
+    """Numbers that are not positive and wrong choices are refused, with the name of the flag."""
     flags = "image_size num_timesteps base_channels train_batch_size num_epochs learning_rate"
     for flag in f"{flags} num_samples sampling_steps sampler device".split():
         error = error_of("ddpm_unet.py", [f"--{flag}", value], tmp_path, capsys)
@@ -479,7 +460,6 @@ def test_bad_values(value, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--colour 1", "--colour"),
         ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
         ("--checkpoint model.pt --base_channels 16 --output_dir empty", "size mismatch for"),
         ("--checkpoint model.pt --label -1", "--label: choose from 0 to 2"),
@@ -487,7 +467,6 @@ def test_bad_values(value, tmp_path, capsys):
         ("--output_dir .", "holds a model"),
         ("--output_dir file/out", "file/out"),
         ("--dataset missing", "missing"),
-        ("--dataset file", "file"),
         ("--dataset empty", "no valid file"),
         ("--dataset damaged", "cannot read damaged/./b.png: "),
         ("--dataset mnist --data_dir .", "downloading"),
@@ -507,16 +486,16 @@ BOX = ROOT / "tests" / "models" / "ddpm_unet_mnist.pt"
 
 def test_samples_of_the_boxed_model_show_their_labels(tmp_path):
     """The nearest of 800 real digits mostly has the label that we asked for."""
-    options = ["--num_samples", 50, "--sampling_steps", 10, "--output_dir", tmp_path]
+    options = ["--num_samples", 40, "--sampling_steps", 10, "--output_dir", tmp_path]
     run_script("ddpm_unet.py", "--checkpoint", BOX, "--device", "cpu", *options)
     samples = torch.tensor(np.load(tmp_path / "samples.npy"))
     images, labels = digits("train")
     distances = torch.cdist(samples.flatten(1).float(), images.flatten(1).float())
-    recognised = labels[distances.argmin(dim=1)] == torch.arange(50) % 10
+    recognised = labels[distances.argmin(dim=1)] == torch.arange(40) % 10
     assert recognised.float().mean() > 0.8
 
 
-@pytest.mark.parametrize(("t", "expected"), [(10, 0.128), (100, 0.056), (500, 0.011), (900, 2e-4)])
+@pytest.mark.parametrize(("t", "expected"), [(10, 0.128), (100, 0.056), (500, 0.0108), (900, 2e-4)])
 def test_loss_of_the_boxed_model(t, expected):
     """On digits that it has not seen, the noise is harder to guess the less of it there is."""
     state = torch.load(BOX, weights_only=True)
@@ -529,4 +508,4 @@ def test_loss_of_the_boxed_model(t, expected):
     with torch.no_grad():
         eps_hat = net(x_t, torch.full((100,), t), labels[:100])
     loss = (eps_hat - eps).square().mean().item()
-    assert loss == pytest.approx(expected, rel=0.3, abs=2e-4)
+    assert loss == pytest.approx(expected, rel=0.1, abs=2e-4)
