@@ -63,7 +63,7 @@ def make_schedule(T):
     The steps 0 to t give     x_t = signal[t] * x_0 + noise_std[t] * eps            (eq. 4)
     with noise and eps from N(0, I): independent noises add up to one eps. signal**2 is alpha_bar,
     the product of all 1 - beta so far. A step turns the variance noise_std**2 of the noise into
-    (1 - beta_t) * noise_std**2 + beta_t. So it always is 1 - alpha_bar.
+    (1 - beta_t) * noise_std**2 + beta_t. So it is always 1 - alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # 1000 / T: the last x is noise for every T
     betas = betas.clip(max=0.999)  # T = 20 would end with 1, and eq. 15 would divide by 0
