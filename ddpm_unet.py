@@ -67,7 +67,7 @@ def load_images(dataset, data_dir, size):
 
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
-    """Return alpha_bars (T,): running products of 1 - beta_t. Elsewhere: alphas_cumprod."""
+    """Return alpha_bars (T,): running products of 1 - beta_t (in other code alphas_cumprod)."""
     # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2).
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # 1000 / T: the last x is noise for every T
     betas = betas.clip(max=0.999)  # T = 20 would end with beta = 1: nothing of x_0 would be left
@@ -118,7 +118,7 @@ class UNet(nn.Module):
         super().__init__()
         E = 4 * base_channels  # width of temb, the embedding of t and label
         widths = [base_channels * mult for mult in channel_mults]  # from large images to small
-        # Fast waves tell close t apart, slow ones distant t. 1000 / T: every T looks like 1000.
+        # Fast waves tell close t apart, slow ones distant t. 1000 / T makes every T look like 1000.
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none

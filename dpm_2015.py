@@ -76,12 +76,12 @@ class Gaussian(nn.Module):
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
         # alpha_bar_t = (1 - beta_1) ... (1 - beta_t) is x_0's share of the variance of x_t. Before
-        # training, its log-odds fall evenly, from those of 1 - beta_1 down to -7, which is 0.001.
+        # training, its log-odds fall evenly, from those of 1 - beta_1 to -7: alpha_bar_T = 0.001.
         self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # (T,)
         log_alpha_bars = nn.functional.logsigmoid(self.log_odds)  # sigmoid undoes log-odds
         betas = -torch.expm1(log_alpha_bars.diff())  # (T - 1,): 1 - alpha_bar_t / alpha_bar_{t-1}
-        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
-        # The paper keeps beta_1 fixed, against overfitting. beta_0 = 0 stands for no step: x_0.
+        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)  # not for digits
+        # The paper keeps beta_1 fixed, to prevent overfitting. beta_0 = 0 makes alpha_bar_0 = 1.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
@@ -103,7 +103,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # not eq. 65: z = 0 is to be a step of q
+        mu = step.mean + step.stddev * z_mu  # authors' code, not eq. 65: z = 0 is a step of q
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -127,7 +127,7 @@ class Binomial(nn.Module):
         return Bernoulli(alpha * x + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
-        # Bayes' rule for the log-odds of x_{t-1} = 1: those given x_0, plus what x_t says of it.
+        # Bayes' rule for the log-odds of x_{t-1} = 1: those given x_0, plus those from x_t.
         before = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)

@@ -8,7 +8,7 @@ start from fresh noise and make new data (sections 2 to 6). https://arxiv.org/ab
     python main.py --dataset mnist          handwritten digits, in ten minutes
     python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
-One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart; B make a batch.
+One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. A batch has B.
 We count steps from 0, the paper from 1: x_0 is clean data, but x_t at t = 0 has one step of noise.
 """
 
@@ -61,13 +61,13 @@ def make_schedule(T):
 
     Step t turns x into       sqrt(1 - beta_t) * x + sqrt(beta_t) * noise           (eq. 2)
     The steps 0 to t give     x_t = signal[t] * x_0 + noise_std[t] * eps            (eq. 4)
-    with noise and eps from N(0, I): independent noises add up to one eps. signal**2 is alpha_bar,
-    the product of all 1 - beta so far. A step turns the variance noise_std**2 of the noise into
-    (1 - beta_t) * noise_std**2 + beta_t. So it is always 1 - alpha_bar.
+    with noise and eps from N(0, I): independent noises add up to one eps. signal**2 is alpha_bar
+    (alphas_cumprod in other code), the product of all 1 - beta so far. A step turns the variance
+    noise_std**2 of the noise into (1 - beta_t) * noise_std**2 + beta_t: it is always 1 - alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # 1000 / T: the last x is noise for every T
     betas = betas.clip(max=0.999)  # T = 20 would end with 1, and eq. 15 would divide by 0
-    alpha_bars = np.cumprod(1 - betas)  # alphas_cumprod elsewhere. 1 - alpha_bar needs float64
+    alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = {"betas": betas, "signal": np.sqrt(alpha_bars), "noise_std": np.sqrt(1 - alpha_bars)}
     return SimpleNamespace(**{name: torch.tensor(np.float32(x)) for name, x in tables.items()})
 
@@ -136,10 +136,10 @@ def p_sample(model, schedule, x_t, t, predict, limit):
 
     In short: guess x_0, mix the guess with x_t, and add a little noise. If x_0 were known, x_before
     would be normal by Bayes' rule, with the mean coef_x_0 * x_0 + coef_x_t * x_t and the standard
-    deviation sigma (eq. 7). We only have an average: of all x_0 that could have led to x_t. This is
-    what the network guesses, or what eq. 15 makes of the average eps. It gives the right mean,
-    because the mean is linear in x_0. But as x_0 is uncertain, x_before spreads a little more than
-    sigma. If beta_t is small, the difference is tiny: this is why T is large.
+    deviation sigma (eq. 7). We only have the average of all x_0 that could have led to x_t: the
+    network guesses it, or eq. 15 computes it from the average eps. This average gives the right
+    mean, because the mean is linear in x_0. As x_0 is uncertain, x_before spreads a little more
+    than sigma. If beta_t is small, the difference is tiny: this is why T is large.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
