@@ -1,12 +1,11 @@
 """DDPM with an MLP: Denoising Diffusion Probabilistic Models, complete, in one file.
 
-Diffusion turns data into noise in T small steps. A network learns to undo these steps. Then it can
-start from fresh noise and make new data (sections 2 to 6). https://arxiv.org/abs/2006.11239
+T small steps turn data into noise. A network learns to undo them, and makes new data from fresh
+noise (https://arxiv.org/abs/2006.11239). Sections 2 to 6 are the whole method: read them first.
 
     python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
     python main.py --dataset mnist          handwritten digits, in ten minutes
-    python main.py --checkpoint outputs/heart/model.pt --seed 1     new samples, without training
 
 One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. A batch has B.
 We count steps from 0, the paper from 1: x_0 is clean data, but x_t at t = 0 has one step of noise.
@@ -14,7 +13,6 @@ We count steps from 0, the paper from 1: x_0 is clean data, but x_t at t = 0 has
 
 import json
 import sys
-import time
 from argparse import ArgumentParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,12 +59,15 @@ def make_schedule(T):
 
     Step t turns x into       sqrt(1 - beta_t) * x + sqrt(beta_t) * noise           (eq. 2)
     The steps 0 to t give     x_t = signal[t] * x_0 + noise_std[t] * eps            (eq. 4)
-    with noise and eps from N(0, I): independent noises add up to one eps. signal**2 is alpha_bar
-    (alphas_cumprod in other code), the product of all 1 - beta so far. A step turns the variance
-    noise_std**2 of the noise into (1 - beta_t) * noise_std**2 + beta_t: it is always 1 - alpha_bar.
+    where noise and eps are from N(0, I): normal noises add up to normal noise. In each step,
+        signal**2           becomes    (1 - beta_t) * signal**2
+        noise_std**2        becomes    (1 - beta_t) * noise_std**2 + beta_t
+        1 - noise_std**2    becomes    (1 - beta_t) * (1 - noise_std**2)
+    The first and the last begin at 1, so they stay equal. Their value, the product of all 1 - beta
+    so far, is called alpha_bar (in other code, alphas_cumprod).
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # 1000 / T: the last x is noise for every T
-    betas = betas.clip(max=0.999)  # T = 20 would end with 1, and eq. 15 would divide by 0
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10 for every T: x ends as noise
+    betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = {"betas": betas, "signal": np.sqrt(alpha_bars), "noise_std": np.sqrt(1 - alpha_bars)}
     return SimpleNamespace(**{name: torch.tensor(np.float32(x)) for name, x in tables.items()})
@@ -116,11 +117,11 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many eps could have led to the same x_t, so the network cannot know eps. Its best guess, with
-    the least squared error, is the average of all these eps, in which likely ones count more.
-    For eps, this is L_simple (eq. 14). The paper's bound on -log p(x_0) is a sum of such errors,
-    each with a factor that depends on t (eq. 12). L_simple drops these factors. For digits, we
-    predict x_0: noise is 784 unrelated numbers, more than an MLP can pass on.
+    Many pairs of x_0 and eps lead to the same x_t, so the network cannot know eps. With a squared
+    error, its best guess is E[eps | x_t]: the average of all these eps, likely ones counting more.
+    For eps, this is L_simple (eq. 14): the sum of errors in the paper's bound on -log p(x_0), but
+    without the factor that the error has there for each t (eq. 12). Digits use x_0, because noise
+    is harder to guess for an MLP: 784 unrelated numbers have to pass its 768 units.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -131,30 +132,41 @@ def loss_simple(model, schedule, x_0, predict):
 
 
 # %% 6. Sampling
-def p_sample(model, schedule, x_t, t, predict, limit):
-    """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_before (B, D), x before step t.
-
-    In short: guess x_0, mix the guess with x_t, and add a little noise. If x_0 were known, x_before
-    would be normal by Bayes' rule, with the mean coef_x_0 * x_0 + coef_x_t * x_t and the standard
-    deviation sigma (eq. 7). We only have the average of all x_0 that could have led to x_t: the
-    network guesses it, or eq. 15 computes it from the average eps. This average gives the right
-    mean, because the mean is linear in x_0. As x_0 is uncertain, x_before spreads a little more
-    than sigma. If beta_t is small, the difference is tiny: this is why T is large.
-    """
+def guess_x_0(model, schedule, x_t, t, predict, limit):
+    """Return x_0_hat (B, D), the network's guess of x_0, given x_t (B, D) and one number t."""
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
-    x_0_hat = x_0_hat.clamp(-limit, limit)  # limit: largest |x_0|. A small signal magnifies errors
+    return x_0_hat.clamp(-limit, limit)  # dividing by a small signal magnifies errors
+
+
+def q_posterior(schedule, x_0, x_t, t):
+    """Return mean and standard deviation of x before step t, given x_0 and x_t (eq. 7).
+
+    By Bayes' rule, its density is q(x before | x_0), from eq. 4, times q(x_t | x before), from
+    eq. 2, but for a constant factor. Both are bell curves in x before. So is their product.
+    Its variance is called beta_tilde. The paper also tries beta_t, which differs only at small t.
+    """
     beta, noise_std = schedule.betas[t], schedule.noise_std[t]
-    signal_before, noise_std_before = 1.0, 0.0  # before step 0, x is clean data
-    if t > 0:
-        signal_before, noise_std_before = schedule.signal[t - 1], schedule.noise_std[t - 1]
-    coef_x_0 = signal_before * beta / noise_std**2  # eq. 7, where noise_std**2 is 1 - alpha_bar
+    signal_before = schedule.signal[t - 1] if t > 0 else 1.0  # before step 0, x is clean data
+    noise_std_before = schedule.noise_std[t - 1] if t > 0 else 0.0
+    coef_x_0 = signal_before * beta / noise_std**2  # noise_std**2 is 1 - alpha_bar
     coef_x_t = (1 - beta) ** 0.5 * noise_std_before**2 / noise_std**2
-    sigma = beta**0.5 * noise_std_before / noise_std  # sigma**2 is beta_tilde, 0 for t = 0
-    mean = coef_x_0 * x_0_hat + coef_x_t * x_t
-    # For eps without the clamp, this is line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
-    # The paper also tries sigma**2 = beta (section 3.2). It is much larger only for the smallest t.
+    sigma = beta**0.5 * noise_std_before / noise_std  # 0 for t = 0
+    return coef_x_0 * x_0 + coef_x_t * x_t, sigma
+
+
+def p_sample(model, schedule, x_t, t, predict, limit):
+    """Undo step t, as in Algorithm 2: given x_t (B, D), draw x before step t (B, D).
+
+    Guess x_0, and act as if the guess were true. The guess is the average of all x_0 that could
+    have led to x_t. The mean in q_posterior is linear in x_0, so the average gives the right mean.
+    But x_0 is uncertain: this adds coef_x_0**2 * Var(x_0) to the variance sigma**2. For small beta,
+    it is of order beta**2, and sigma**2 of order beta. So T is large, and we leave it out.
+    """
+    x_0_hat = guess_x_0(model, schedule, x_t, t, predict, limit)
+    mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
+    # Without the clamp, mean is that of line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
     return mean + sigma * torch.randn_like(x_t)
 
 
@@ -169,57 +181,35 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 
 
 # %% 7. Training
-def new_config(args):
-    """Return x_0 (N, D) to train on, and config: what model.pt holds besides the weights."""
-    data = load_data(args.dataset, args.data_dir).to(args.device)
-    config = {name: getattr(args, name) for name in MODEL}  # options, for example predict
-    x_0, config["shift"], config["scale"] = standardise(data)
-    config["limit"] = x_0.abs().max()  # p_sample clips to it
-    config["examples"] = x_0[torch.randperm(len(x_0))[:8000]]  # for pictures, and to compare with
-    return x_0, config
-
-
-def train(model, schedule, x_0, config, out, num_epochs, batch_size, learning_rate):
-    """Train by Algorithm 1. Save training.gif, and model.pt with config and the weights."""
+def train(model, schedule, x_0, config):
+    """Train by Algorithm 1 on x_0 (N, D). Return pictures of samples on the way."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
-    snapshot_epochs = [num_epochs * k**2 // 6**2 for k in range(6)]  # of 300: 0, 8, 33, 75, ...
+    snapshot_epochs = [config.num_epochs * k**2 // 6**2 for k in range(6)]  # of 300: 0, 8, 33, ...
     frames = []
-    bar = tqdm(range(num_epochs), "training")
+    bar = tqdm(range(config.num_epochs), "training")
     try:
         for epoch in bar:
             if epoch in snapshot_epochs:
-                frames.append(snapshot(model, schedule, config, epoch))
-            rate = min((epoch + 1) / 5, 1 - epoch / num_epochs)  # rises, then falls
-            optimizer.param_groups[0]["lr"] = learning_rate * rate
-            for indices in torch.randperm(len(x_0)).split(batch_size):
-                loss = loss_simple(model, schedule, x_0[indices], config["predict"])
+                frames.append(snapshot(f"after {epoch} epochs", model, schedule, config))
+            rate = min((epoch + 1) / 5, 1 - epoch / config.num_epochs)  # rises, then falls
+            optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+            for indices in torch.randperm(len(x_0)).split(config.train_batch_size):
+                loss = loss_simple(model, schedule, x_0[indices], config.predict)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
             bar.set_postfix(loss=f"{loss:.4f}")
-            if not loss.isfinite():
-                sys.exit("main.py: error: the loss is not finite: try a smaller --learning_rate")
     except KeyboardInterrupt:
         print("Training ends early. Next come the samples.")
-    save_checkpoint(out / "model.pt", model, config)
-    frames.append(snapshot(model, schedule, config, epoch + 1))
-    imageio.mimsave(out / "training.gif", frames + 5 * frames[-1:], duration=400, loop=0)
-
-
-def snapshot(model, schedule, config, epoch):
-    """Return a picture of samples after so many epochs."""
-    shape = (300, config["examples"].shape[1])
-    for _, x in p_sample_loop(model, schedule, shape, config["predict"], config["limit"]):
-        pass
-    return draw(f"after {epoch} epochs", x, "tab:orange", config["examples"])
+    return frames
 
 
 # %% 8. Pictures and a score
 def draw(title, x, colour, data):
     """Return a picture (H, W, 3), uint8, of points x (N, 2) over the data, or digits (N, 784)."""
     figure = Figure(figsize=(4, 4.4), dpi=90)
-    axes = figure.add_axes((0, 0, 1, 4 / 4.4))
+    axes = figure.add_axes((0, 0, 1, 4 / 4.4), xticks=(), yticks=(), frame_on=False)
     axes.set_title(title, fontsize=16)
     if x.shape[1] == 2:
         edge = 1.3 * data.abs().max().item()
@@ -229,33 +219,36 @@ def draw(title, x, colour, data):
     else:
         from torchvision.utils import make_grid
 
-        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), 5)
-        axes.imshow(grid[0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    axes.set_axis_off()
+        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)
+        axes.imshow(grid[0].numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     pixels, (width, height) = FigureCanvasAgg(figure).print_to_buffer()
     return np.frombuffer(pixels, np.uint8).reshape(height, width, 4)[..., :3]
 
 
-def animate(model, schedule, config, out, num_samples, every):
-    """Draw samples (num_samples, D) and return them. Save a GIF: data to noise to samples."""
+def snapshot(title, model, schedule, config):
+    """Return a picture of samples from the network as it is now."""
+    for _, x in p_sample_loop(model, schedule, (300, config.dim), config.predict, config.limit):
+        pass  # only the last x is drawn
+    return draw(title, x, "tab:orange", config.examples)
+
+
+def animate(model, schedule, config, num_samples, every):
+    """Draw samples x (num_samples, D). Return x, the frames of a GIF, and their times."""
     T = len(schedule.betas)
-    x_0 = config["examples"]
-    counts = [*range(0, T, every), T]  # a frame shows x after so many noise steps
-    eps = torch.randn_like(x_0)  # the same in all frames, so that you can follow a point
+    x_0 = config.examples
+    counts = [*range(0, T, every), T]  # a picture shows x after so many noise steps
     frames = [draw("data", x_0, "tab:blue", x_0)]
+    eps = torch.randn_like(x_0)  # the same in all pictures, so that you can follow a point
     for count in counts[1:]:
         x_t = q_sample(schedule, x_0, torch.tensor([count - 1]), eps)  # after steps 0..count - 1
         frames.append(draw(f"adding noise: step {count}", x_t, "tab:blue", x_0))
-    shape = (num_samples, x_0.shape[1])
-    chain = p_sample_loop(model, schedule, shape, config["predict"], config["limit"])
+    chain = p_sample_loop(model, schedule, (num_samples, config.dim), config.predict, config.limit)
     for count, x in tqdm(chain, "sampling", total=T + 1):
         if count in counts:
             frames.append(draw(f"removing noise: {count} left", x, "tab:orange", x_0))
-    durations = [250 if count <= T / 4 else 50 for count in counts + counts[::-1]]  # ms
-    durations[-1] = 3000
-    imageio.mimsave(out / "process.gif", frames, duration=durations, loop=0)
-    imageio.imwrite(out / "samples.png", draw("samples", x, "tab:orange", x_0))
-    return x
+    times = [250 if count <= T / 4 else 50 for count in counts + counts[::-1]]  # milliseconds
+    times[-1] = 3000
+    return x, frames, times
 
 
 def energy_distance(a, b):
@@ -267,8 +260,13 @@ def energy_distance(a, b):
 # %% 9. Files, command line, and main, which puts everything together
 CHOICES = f"choose {', '.join(DATASETS)}, a .npy or .csv file with two numbers a row, or mnist "
 CHOICES += "(offline: put {train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
-# The options that make a model. model.pt keeps them, and they win over the command line.
-MODEL = ["dataset", "predict", "num_timesteps", "embedding_size", "hidden_size", "hidden_layers"]
+MNIST_DEFAULTS = {"predict": "x_0", "hidden_size": 768, "hidden_layers": 4}
+MNIST_DEFAULTS |= {
+    "train_batch_size": 256,
+    "num_epochs": 34,
+    "learning_rate": 4e-3,
+    "show_image_step": 20,
+}
 
 
 def load_data(name, data_dir):
@@ -289,33 +287,48 @@ def load_data(name, data_dir):
     return points.repeat(1 + 7999 // len(points), 1)  # so an epoch has at least 8000 examples
 
 
+def new_config(args):
+    """Return x_0 (N, D) to train on, and config: the options, and what we must know of the data."""
+    data = load_data(args.dataset, args.data_dir).to(args.device)
+    config = SimpleNamespace(**vars(args))
+    x_0, config.shift, config.scale = standardise(data)
+    config.dim = x_0.shape[1]  # D: 2 or 784
+    config.sizes = (config.dim, args.hidden_size, args.hidden_layers, args.embedding_size)
+    config.limit = x_0.abs().max()  # guess_x_0 stays within it
+    config.examples = x_0[torch.randperm(len(x_0))[:8000]]  # for pictures, and to compare with
+    return x_0, config
+
+
 def save_checkpoint(path, model, config):
     """Save under another name, then rename, so that model.pt is always complete."""
     temporary = path.with_suffix(".part")
-    with open(temporary, "wb") as file:
-        torch.save({**config, "weights": model.state_dict()}, file)
+    torch.save({"config": vars(config), "weights": model.state_dict()}, temporary)
+    if path.exists():
+        path.replace(path.with_name("model.old.pt"))  # of an earlier training
     temporary.replace(path)
 
 
 def load_checkpoint(path, device):
-    """Return the dictionary that save_checkpoint has written."""
+    """Return the network and config that save_checkpoint has saved."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        names = [*MODEL, "shift", "scale", "limit", "examples", "weights"]
-        return {name: checkpoint[name] for name in names}
+        config = SimpleNamespace(**checkpoint["config"])
+        model = MLP(*config.sizes, config.num_timesteps)
+        model.load_state_dict(checkpoint["weights"])
     except Exception as error:
         raise SystemExit(f"main.py: error: cannot use {path}: {error!r:.200}") from error
+    return model, config
 
 
 def parse_options(argv):
-    """Return the parsed options, and the content of the checkpoint or None."""
+    """Return the options. What you do not give has the defaults below, or MNIST_DEFAULTS."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser = ArgumentParser(usage="main.py [options]", description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("--dataset", default="heart", help=CHOICES)
     flag("--num_timesteps", type=int, default=200, help="number of diffusion steps T")
     flag("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
-    flag("--embedding_size", type=int, default=32, help="sines and cosines, an even number")
+    flag("--embedding_size", type=int, default=32, choices=[8, 16, 32, 64, 100, 128], help="waves")
     flag("--hidden_size", type=int, default=96, help="width of the network")
     flag("--hidden_layers", type=int, default=2, help="residual blocks")
     flag("--train_batch_size", type=int, default=1000, help="examples in a training step")
@@ -329,61 +342,50 @@ def parse_options(argv):
     flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
-    checkpoint = None if args.checkpoint is None else load_checkpoint(args.checkpoint, args.device)
-    dataset = args.dataset if checkpoint is None else checkpoint["dataset"]
-    if dataset == "mnist":  # parse again, with the defaults for digits
-        parser.set_defaults(predict="x_0", hidden_size=768, hidden_layers=4, train_batch_size=256)
-        parser.set_defaults(num_epochs=34, learning_rate=4e-3, show_image_step=20)
-        args = parser.parse_args(argv)
-    if checkpoint is not None:
-        vars(args).update({name: checkpoint[name] for name in MODEL})
+    if args.dataset == "mnist":
+        parser.set_defaults(**MNIST_DEFAULTS)
+        args = parser.parse_args(argv)  # again, with these defaults
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 1_000_000:
-            parser.error(f"--{name} {value}: must be positive, and at most 1,000,000")
-    if args.embedding_size % 2:
-        parser.error("--embedding_size must be even")
-    return args, checkpoint
+        if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 10_000:
+            parser.error(f"--{name} {value}: must be positive, and at most 10,000")
+    return args
 
 
 def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
-    started = time.perf_counter()
-    args, checkpoint = parse_options(argv)
-    if args.dataset != "mnist":
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would be slower for points
-    print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
+    args = parse_options(argv)
+    print(f"device: {args.device}")
     torch.set_default_device(None if args.device == "cpu" else args.device)  # None: CPU, but faster
     torch.manual_seed(args.seed)
-    folder = Path(args.dataset).stem + ("" if checkpoint is None else "_samples")
-    out = Path(args.output_dir or f"outputs/{folder}")
-    config = checkpoint
-    if checkpoint is None:
+    if args.checkpoint is None:
         x_0, config = new_config(args)
-    examples = config["examples"]
-    schedule = make_schedule(args.num_timesteps)
-    sizes = (args.hidden_size, args.hidden_layers, args.embedding_size, args.num_timesteps)
-    model = MLP(examples.shape[1], *sizes)
-    out.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
-        if (out / "model.pt").exists():
-            (out / "model.pt").replace(out / "model.old.pt")
-        settings = (args.num_epochs, args.train_batch_size, args.learning_rate)
-        train(model, schedule, x_0, config, out, *settings)
+        model = MLP(*config.sizes, config.num_timesteps)
+        name = Path(args.dataset).stem
     else:
-        if (out / "model.pt").exists():  # a training whose pictures must stay
-            sys.exit(f"main.py: error: {out} holds a trained model: name another --output_dir")
-        model.load_state_dict(checkpoint["weights"])
+        model, config = load_checkpoint(args.checkpoint, args.device)
+        name = Path(args.checkpoint).resolve().parent.name + "_samples"
+    schedule = make_schedule(config.num_timesteps)
+    out = Path(args.output_dir or f"outputs/{name}")
+    out.mkdir(parents=True, exist_ok=True)
+    if config.dim == 2:
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would be slower for points
+    if args.checkpoint is None:
+        frames = train(model, schedule, x_0, config)
+        save_checkpoint(out / "model.pt", model, config)
+        frames += 6 * [snapshot("after training", model, schedule, config)]
+        imageio.mimsave(out / "training.gif", frames, duration=400, loop=0)
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
-    x = animate(model, schedule, config, out, args.eval_batch_size, args.show_image_step)
-    samples = (x * config["scale"] + config["shift"]).cpu()
-    if args.dataset == "mnist":
+    x, frames, times = animate(model, schedule, config, args.eval_batch_size, args.show_image_step)
+    imageio.mimsave(out / "process.gif", frames, duration=times, loop=0)
+    imageio.imwrite(out / "samples.png", draw("samples", x, "tab:orange", config.examples))
+    samples = (x * config.scale + config.shift).cpu()
+    if config.dim == 784:
         samples = samples.round().clamp(0, 255).byte().view(-1, 28, 28)
     np.save(out / "samples.npy", samples.numpy())
-    distance = energy_distance(x, examples)
-    reference = energy_distance(examples[torch.randint(len(examples), (len(x),))], examples)
+    distance = energy_distance(x, config.examples)
+    reference = energy_distance(config.examples[::2], config.examples[1::2])
     facts = {"options": vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}
     facts |= {"energy distance": distance, "energy distance of real data": reference}
-    facts["seconds"] = time.perf_counter() - started
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"{out}: energy distance to the data {distance:.4f}, of real data {reference:.4f}")
 
@@ -393,7 +395,5 @@ if __name__ == "__main__":
         main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # a bug, and not only too little memory
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"main.py: error: {error}")

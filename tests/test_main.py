@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from subprocess import PIPE, Popen
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ def test_energy_distance():
     assert main.energy_distance(a, b) == main.energy_distance(b, a) == 1
 
 
-def test_training(monkeypatch, tmp_path):
+def test_training(monkeypatch):
     """The learning rate rises and falls, gradients are clipped, an epoch uses each example once."""
     batches = []
     steps = []  # the learning rate, and the length of the gradient
@@ -214,34 +215,30 @@ def test_training(monkeypatch, tmp_path):
     monkeypatch.setattr(main, "loss_simple", watched_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
     x_0 = torch.randn(50, 2)
-    config = {"predict": "eps", "limit": 2.0, "examples": x_0}
-    main.train(main.MLP(2, 16, 1, 8, 4), main.make_schedule(4), x_0, config, tmp_path, 8, 20, 0.01)
+    config = SimpleNamespace(predict="eps", limit=2.0, examples=x_0, dim=2)
+    config.num_epochs, config.train_batch_size, config.learning_rate = 8, 20, 0.01
+    pictures = main.train(main.MLP(2, 16, 1, 8, 4), main.make_schedule(4), x_0, config)
     rates = [0.002, 0.004, 0.006, 0.00625, 0.005, 0.00375, 0.0025, 0.00125]
     expected = [(rate, 1.0) for rate in np.repeat(rates, 3)]  # batches of 20, 20 and 10 examples
     assert_allclose(steps, expected, rtol=1e-3)
     epochs = torch.cat(batches).view(8, 50)
     assert not torch.equal(epochs[0], epochs[1])
     assert_close(epochs.sort().values, x_0[:, 0].sort().values.expand(8, 50))
-    # After 0, 2, 3, 5 and 8 epochs. The last frame stays.
-    assert gif_milliseconds(tmp_path / "training.gif") == [400] * 4 + [2400]
+    assert len(pictures) == 4  # after 0, 2, 3 and 5 epochs
 
 
-def test_animation(monkeypatch, tmp_path):
-    """What each frame shows, against eq. 4 and the network's inputs. The GIF is read back."""
-    frames, states = [], {}
-
-    def watched_draw(title, x, colour, data):
-        frames.append(x)
-        return np.full((8, 8, 3), 8 * len(frames), np.uint8)
+def test_animation(monkeypatch):
+    """What each frame shows, and for how long, against eq. 4 and the network's inputs."""
+    states = {}
 
     def network(x_t, t):
         states[t[0].item() + 1] = x_t
         return x_t / 2
 
-    monkeypatch.setattr(main, "draw", watched_draw)
+    monkeypatch.setattr(main, "draw", lambda title, x, colour, data: x)
     x_0 = torch.randn(1000, 2)
-    config = {"predict": "x_0", "limit": 0.5, "examples": x_0}
-    states[0] = main.animate(network, main.make_schedule(20), config, tmp_path, 30, every=3)
+    config = SimpleNamespace(predict="x_0", limit=0.5, examples=x_0, dim=2)
+    states[0], frames, times = main.animate(network, main.make_schedule(20), config, 30, every=3)
     assert_close(states[0], (states[1] / 2).clamp(-0.5, 0.5))  # the last guess, without noise
     signal = np.sqrt(np.append(1.0, exact_schedule(20)[1]))  # by the number of noise steps
     noise_std = np.sqrt(1 - signal**2)
@@ -251,7 +248,7 @@ def test_animation(monkeypatch, tmp_path):
         x_t = signal[count] * x_0 + noise_std[count] * eps
         assert_close(frames[k], x_t, rtol=0, atol=1e-3)
         assert torch.equal(frames[15 - k], states[count])
-    assert gif_milliseconds(tmp_path / "process.gif") == [250, 250, *[50] * 12, 250, 3000]
+    assert times == [250, 250, *[50] * 12, 250, 3000]
 
 
 def samples_of(folder, *options):
@@ -263,7 +260,7 @@ def samples_of(folder, *options):
 @pytest.fixture(scope="module")
 def heart_dir(tmp_path_factory):
     """The folder of a small training on the heart."""
-    folder = tmp_path_factory.mktemp("heart") / "run"
+    folder = tmp_path_factory.mktemp("runs") / "heart"
     samples_of(folder)
     return folder
 
@@ -273,13 +270,14 @@ def test_training_run(heart_dir):
     names = {"model.pt", "training.gif", "process.gif", "samples.png", "samples.npy", "run.json"}
     assert set(content(heart_dir)) == names
     assert gif_milliseconds(heart_dir / "process.gif") == [250, 50, 50, 3000]
+    assert gif_milliseconds(heart_dir / "training.gif") == [400, 2400]
     facts = json.loads((heart_dir / "run.json").read_text())
     samples = torch.from_numpy(np.load(heart_dir / "samples.npy"))
     heart, shift, scale = main.standardise(main.heart())
     distance = main.energy_distance((samples - shift) / scale, heart)
     assert facts["energy distance"] == pytest.approx(distance, rel=1e-3)
     assert 0 < facts["energy distance of real data"] < distance
-    assert torch.load(heart_dir / "model.pt")["limit"] == heart.abs().max()
+    assert torch.load(heart_dir / "model.pt")["config"]["limit"] == heart.abs().max()
 
 
 def test_sampling_from_a_checkpoint(heart_dir, tmp_path, monkeypatch):
@@ -325,7 +323,7 @@ def test_digits(mnist_dir, tmp_path):
 
 def test_ctrl_c_ends_the_training(tmp_path):
     """Ctrl-C, sent to a process that would train for hours. The samples follow."""
-    options = [*TINY.split(), "--num_epochs", "1000000", "--output_dir", tmp_path]
+    options = [*TINY.split(), "--num_epochs", "10000", "--output_dir", tmp_path]
     command = [sys.executable, main.__file__, *options]
     # A process inherits an ignored Ctrl-C: pytest has one if a shell script runs it with "&".
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -361,9 +359,9 @@ def test_options_of_digits():
     command = """--learning_rate 1e-3 --dataset mnist --train_batch_size 128 --eval_batch_size 10
         --num_epochs 200 --num_timesteps 1000 --embedding_size 100 --hidden_size 2048
         --hidden_layers 5 --show_image_step 50"""
-    first, _ = main.parse_options(command.split())
+    first = main.parse_options(command.split())
     assert (first.learning_rate, first.eval_batch_size, first.hidden_size) == (0.001, 10, 2048)
-    digits, _ = main.parse_options(["--dataset", "mnist"])
+    digits = main.parse_options(["--dataset", "mnist"])
     assert (digits.predict, digits.hidden_size, digits.num_epochs) == ("x_0", 768, 34)
 
 
