@@ -49,7 +49,10 @@ def read_image(path, size):
 def load_images(dataset, data_dir, size):
     """Return images, uint8 (N, C, size, size), and labels (N,): one class for each subfolder."""
     if dataset == "mnist":
-        mnist = MNIST(data_dir, download=True)
+        try:
+            mnist = MNIST(data_dir, download=True)
+        except RuntimeError as error:
+            raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
         return mnist.data[:, None], mnist.targets
     classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
     files = ImageFolder.make_dataset(dataset, {c: k for k, c in enumerate(classes)}, IMG_EXTENSIONS)
@@ -227,8 +230,7 @@ def train(net, ema, images, labels, options, path, state):
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
     saved = time.time()
     for step in bar:
-        # A seed for each step and process: a resumed run draws what it would have drawn.
-        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)
+        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # same if resumed
         indices = torch.randint(len(images), (B // WORLD_SIZE,))
         x_0 = images[indices] / 127.5 - 1  # from 0..255 to -1..1, as in the paper's section 3.3
         loss = loss_simple(model, alpha_bars, x_0, labels[indices], net.no_label)
@@ -335,6 +337,8 @@ def parse_options(argv):
     state = {} if path is None else load_checkpoint(path, args.device)
     parser.set_defaults(**state.get("options", {}))  # and args.channels, num_classes
     args = parser.parse_args(argv)  # again, with these, but the command line wins
+    if state and any(vars(args)[name] != state["options"][name] for name in MODEL):
+        parser.error(f"{path} has another size: leave out --base_channels and the like")
     for name, value in vars(args).items():
         if name not in ("seed", "guidance") and isinstance(value, (int, float)) and not value > 0:
             parser.error(f"--{name} {value}: must be positive")
@@ -343,7 +347,6 @@ def parse_options(argv):
 
 def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
-    started = time.time()
     args, state = parse_options(argv)
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, process {RANK}")
     torch.set_default_device(args.device)  # of new tensors, but not of those from numpy
@@ -382,7 +385,7 @@ def main(argv=None):
         if RANK > 0 or signal.SIGTERM in SIGNALS:  # Ctrl-C goes on to sample
             sys.exit()
     sample(ema, args, out)
-    facts = {"options": vars(args), "seconds": time.time() - started, "torch": torch.__version__}
+    facts = {"options": vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"Look at {out / 'samples.png'}.")
 
@@ -392,8 +395,5 @@ if __name__ == "__main__":
         main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download"  # memory, size of a model, network: no bugs
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
-            raise
-        sys.exit(f"ddpm_unet.py: error: {' '.join(str(error).split())}")
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f"ddpm_unet.py: error: {error}")

@@ -14,7 +14,6 @@ x is (B, D): B examples of D numbers or bits. t is one number, or (B, 1): one fo
 import json
 import math
 import sys
-import time
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -53,7 +52,10 @@ def load_data(dataset, data_dir):
     else:
         from torchvision.datasets import MNIST
 
-        x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
+        try:
+            x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
+        except RuntimeError as error:
+            raise SystemExit(f"dpm_2015.py: error: {data_dir}: {error!r:.99}") from error
         x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # for a density: 7 becomes 7..8
     shift, scale = x.mean().item(), x.std().item()
     x = ((x - shift) / scale).to(torch.get_default_device())  # mean 0, variance 1 overall
@@ -300,7 +302,20 @@ def evaluate(model, test_rows, num_samples, out):
     return x, y, {"K": Ks.mean().item(), "standard error of K": error, "L_null": L_null}
 
 
-# %% 8. Command line, and main, which puts everything together
+# %% 8. Files, command line, and main, which puts everything together
+MODEL = ["dataset", "num_timesteps", "hidden_size"]
+TRAINING = ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
+
+
+def load_checkpoint(path, device):
+    """Return what train has saved."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        return {name: state[name] for name in ("options", "step", "model", "optimizer")}
+    except Exception as error:
+        raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
+
+
 def parse_options(argv):
     """Return the parsed options and the content of the checkpoint, {} if there is none."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -322,13 +337,7 @@ def parse_options(argv):
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)  # first, only to find out the data set and the checkpoint
     path = args.resume if args.checkpoint is None else args.checkpoint
-    state = {}
-    if path is not None:
-        try:
-            state = torch.load(path, map_location=args.device, weights_only=True)
-            state = {name: state[name] for name in ("options", "step", "model", "optimizer")}
-        except Exception as error:
-            raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
+    state = {} if path is None else load_checkpoint(path, args.device)
     options = state.get("options", {"dataset": args.dataset})
     if options["dataset"] in BITS:
         parser.set_defaults(num_timesteps=2000, num_training_steps=8000)
@@ -337,6 +346,8 @@ def parse_options(argv):
         parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
     parser.set_defaults(**options)
     args = parser.parse_args(argv)  # again, with the defaults for these data
+    if state and any(vars(args)[name] != options[name] for name in MODEL):
+        parser.error(f"{path} has another model: leave out its options")
     limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture has 25 samples
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not value > limits.get(name, 0):
@@ -346,7 +357,6 @@ def parse_options(argv):
 
 def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
-    started = time.time()
     args, state = parse_options(argv)
     digits = args.dataset == "mnist"
     torch.set_num_threads(torch.get_num_threads() if digits else 1)  # small networks gain nothing
@@ -369,9 +379,7 @@ def main(argv=None):
     if state:
         model.load_state_dict(state["model"])
     if args.checkpoint is None:
-        names = ["dataset", "num_timesteps", "hidden_size", "train_batch_size"]
-        names += ["num_training_steps", "learning_rate", "seed"]
-        options = {name: getattr(args, name) for name in names}
+        options = {name: getattr(args, name) for name in MODEL + TRAINING}
         try:
             train(model, rows, options, out / "model.pt", state)
         except KeyboardInterrupt:
@@ -381,8 +389,8 @@ def main(argv=None):
     np.save(out / "samples.npy", (x * scale + shift).cpu())
     np.save(out / "inpainted.npy", (y * scale + shift).cpu())
     figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]  # unscaled
-    facts = {"options": vars(args), "figures": figures, "torch": torch.__version__}
-    facts["seconds"] = time.time() - started
+    facts = {"options": vars(args), "figures": figures}
+    facts |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
 
@@ -392,8 +400,5 @@ if __name__ == "__main__":
         main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as error:
-        words = "allocate", "state_dict", "download"  # memory, size of a model, network: no bugs
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
-            raise
-        sys.exit(f"dpm_2015.py: error: {' '.join(str(error).split())}")
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(f"dpm_2015.py: error: {error}")

@@ -1,7 +1,7 @@
 """DDPM with an MLP: Denoising Diffusion Probabilistic Models, complete, in one file.
 
 T small steps turn data into noise. A network learns to undo them, and makes new data from fresh
-noise (https://arxiv.org/abs/2006.11239). Sections 2 to 6 are the whole method: read them first.
+noise (https://arxiv.org/abs/2006.11239). Sections 2 to 6 are the method, the others serve it.
 
     python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
@@ -119,9 +119,8 @@ def loss_simple(model, schedule, x_0, predict):
 
     Many pairs of x_0 and eps lead to the same x_t, so the network cannot know eps. With a squared
     error, its best guess is E[eps | x_t]: the average of all these eps, likely ones counting more.
-    For eps, this is L_simple (eq. 14): the sum of errors in the paper's bound on -log p(x_0), but
-    without the factor that the error has there for each t (eq. 12). Digits use x_0, because noise
-    is harder to guess for an MLP: 784 unrelated numbers have to pass its 768 units.
+    For eps, this is L_simple (eq. 14): the paper's bound on -log p(x_0), without the factor that
+    each t has there (eq. 12). Digits use x_0: 784 numbers of noise do not fit through 768 units.
     """
     t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -159,10 +158,10 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x before step t (B, D).
 
-    Guess x_0, and act as if the guess were true. The guess is the average of all x_0 that could
-    have led to x_t. The mean in q_posterior is linear in x_0, so the average gives the right mean.
-    But x_0 is uncertain: this adds coef_x_0**2 * Var(x_0) to the variance sigma**2. For small beta,
-    it is of order beta**2, and sigma**2 of order beta. So T is large, and we leave it out.
+    A guess stands in for x_0: the average of all x_0 that could have led to x_t. The mean is right,
+    because eq. 15 is linear in eps, and q_posterior's mean in x_0. But x_0 is uncertain. This adds
+    coef_x_0**2 * Var(x_0) to the variance sigma**2: except for the smallest t, of order beta**2,
+    while sigma**2 is of order beta. So for small beta, we can leave it out. This is why T is large.
     """
     x_0_hat = guess_x_0(model, schedule, x_t, t, predict, limit)
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
@@ -302,7 +301,8 @@ def new_config(args):
 def save_checkpoint(path, model, config):
     """Save under another name, then rename, so that model.pt is always complete."""
     temporary = path.with_suffix(".part")
-    torch.save({"config": vars(config), "weights": model.state_dict()}, temporary)
+    with open(temporary, "wb") as file:
+        torch.save({"config": vars(config), "weights": model.state_dict()}, file)
     if path.exists():
         path.replace(path.with_name("model.old.pt"))  # of an earlier training
     temporary.replace(path)

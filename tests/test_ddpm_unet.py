@@ -461,7 +461,7 @@ def test_bad_values(value, tmp_path, capsys):
     ("options", "words"),
     [
         ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
-        ("--checkpoint model.pt --base_channels 16 --output_dir empty", "size mismatch for"),
+        ("--checkpoint model.pt --base_channels 16 --output_dir empty", "model.pt has another size"),
         ("--checkpoint model.pt --label -1", "--label: choose from 0 to 2"),
         ("--label 0 3", "--label: choose from 0 to 2"),  # before training
         ("--output_dir .", "holds a model"),
@@ -469,7 +469,7 @@ def test_bad_values(value, tmp_path, capsys):
         ("--dataset missing", "missing"),
         ("--dataset empty", "no valid file"),
         ("--dataset damaged", "cannot read damaged/./b.png: "),
-        ("--dataset mnist --data_dir .", "downloading"),
+        ("--dataset mnist --data_dir .", "Error downloading"),
         ("--learning_rate 1e30 --output_dir empty", "the loss is not finite"),
     ],
 )
