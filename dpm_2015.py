@@ -152,7 +152,6 @@ def bound(model, x_0):
     t >= 2:  by Bayes' rule, q(x_t | x_{t-1}) is the posterior q(x_{t-1} | x_t, x_0), times
              q(x_t | x_0) / q(x_{t-1} | x_0). The product of these fractions over t = 2..T is
              q(x_T | x_0) / q(x_1 | x_0).
-
     So the right side, on average over data, is
     K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
         + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
@@ -302,18 +301,9 @@ def evaluate(model, test_rows, num_samples, out):
     return x, y, {"K": Ks.mean().item(), "standard error of K": error, "L_null": L_null}
 
 
-# %% 8. Files, command line, and main, which puts everything together
+# %% 8. Command line, and main, which puts everything together
 MODEL = ["dataset", "num_timesteps", "hidden_size"]
 TRAINING = ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
-
-
-def load_checkpoint(path, device):
-    """Return what train has saved."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        return {name: state[name] for name in ("options", "step", "model", "optimizer")}
-    except Exception as error:
-        raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
 
 
 def parse_options(argv):
@@ -337,7 +327,13 @@ def parse_options(argv):
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)  # first, only to find out the data set and the checkpoint
     path = args.resume if args.checkpoint is None else args.checkpoint
-    state = {} if path is None else load_checkpoint(path, args.device)
+    state = {}
+    if path is not None:
+        try:
+            state = torch.load(path, map_location=args.device, weights_only=True)
+            state = {name: state[name] for name in ("options", "step", "model", "optimizer")}
+        except Exception as error:
+            raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
     options = state.get("options", {"dataset": args.dataset})
     if options["dataset"] in BITS:
         parser.set_defaults(num_timesteps=2000, num_training_steps=8000)
@@ -346,8 +342,7 @@ def parse_options(argv):
         parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
     parser.set_defaults(**options)
     args = parser.parse_args(argv)  # again, with the defaults for these data
-    if state and any(vars(args)[name] != options[name] for name in MODEL):
-        parser.error(f"{path} has another model: leave out its options")
+    vars(args).update({name: options[name] for name in MODEL if name in options})  # model.pt wins
     limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture has 25 samples
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not value > limits.get(name, 0):
@@ -359,7 +354,8 @@ def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
     args, state = parse_options(argv)
     digits = args.dataset == "mnist"
-    torch.set_num_threads(torch.get_num_threads() if digits else 1)  # small networks gain nothing
+    if not digits:
+        torch.set_num_threads(1)  # small networks gain nothing from more
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
     torch.set_default_device(None if args.device == "cpu" else args.device)  # None: CPU, but faster
     name = args.dataset + ("" if args.checkpoint is None else "_samples")
@@ -389,8 +385,7 @@ def main(argv=None):
     np.save(out / "samples.npy", (x * scale + shift).cpu())
     np.save(out / "inpainted.npy", (y * scale + shift).cpu())
     figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]  # unscaled
-    facts = {"options": vars(args), "figures": figures}
-    facts |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    facts = {"options": vars(args), "figures": figures, "torch": torch.__version__}
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
 
