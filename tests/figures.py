@@ -1,6 +1,6 @@
 """Draw the figures of the README from models that the scripts trained, and from tests/models.
 
-python main.py && python dpm_2015.py
+python main.py
 python tests/figures.py               a minute after that; into images/
 python tests/figures.py experiments   trains the heart 13 times with something changed, and draws it
 """
@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import likelihood
+
 import ddpm_unet
-import dpm_2015
 import main
 
-BLUE, ORANGE, GREEN, GREY = "tab:blue", "tab:orange", "tab:green", "tab:gray"
+BLUE, ORANGE, GREY = "tab:blue", "tab:orange", "tab:gray"
 NO_TICKS = {"xticks": (), "yticks": (), "aspect": "equal"}
 ARROWS = {"width": 0.004, "angles": "xy", "scale_units": "xy", "scale": 4}
 
@@ -36,33 +37,6 @@ def new_figure(rows, columns, height):
 def save(figure, name):
     """Write images/figure_NAME.png."""
     figure.savefig(ROOT / "images" / f"figure_{name}.png")
-
-
-def schedules(roll):
-    """Draw how much of the data is left at each step in each script. roll: model.pt of the roll."""
-    process = dpm_2015.Gaussian(roll["options"]["num_timesteps"], 1e-4, learn_betas=True)
-    process.logit_betas.data = roll["model"]["process.logit_betas"]
-    learned = 1 - process.q(0, 0, torch.arange(1, process.T + 1)).variance.detach()
-    curves = [
-        ("main.py, T = 200", main.make_schedule(200).signal ** 2, BLUE, "-"),
-        ("ddpm_unet.py, T = 1000", ddpm_unet.make_schedule(1000), ORANGE, "--"),
-        ("dpm_2015.py, swiss roll, learned, T = 40", learned, GREEN, "-"),
-        (
-            "dpm_2015.py, heartbeat, T = 2000",
-            dpm_2015.Binomial(2000, 0.2).alpha_bars[1:],
-            GREY,
-            "-",
-        ),
-    ]
-    figure, ((left, right),) = new_figure(1, 2, height=3.2)
-    for name, alpha_bars, colour, style in curves:
-        place = torch.arange(1, len(alpha_bars) + 1) / len(alpha_bars)
-        left.plot(place, alpha_bars, style, color=colour, label=name)
-        right.plot(place, alpha_bars / (1 - alpha_bars), style, color=colour)
-    left.set(xlabel="t / T", ylabel="alpha_bar")
-    right.set(xlabel="t / T", ylabel="signal-to-noise ratio", yscale="log")
-    figure.legend(loc="outside upper center", ncols=2, fontsize=11)
-    save(figure, "schedules")
 
 
 def exact_eps(schedule, points):
@@ -227,25 +201,16 @@ def experiments(folder):
 
 @torch.no_grad()
 def all_but_experiments(outputs):
-    """Draw the figures of the models in outputs/heart, dpm_2015_swiss_roll and tests/models."""
+    """Draw the figures of the models in outputs/heart and tests/models."""
     torch.manual_seed(0)
-    schedules(torch.load(outputs / "dpm_2015_swiss_roll" / "model.pt", weights_only=True))
-    path = outputs / "heart" / "model.pt"
-    args, content = main.parse_options(["--checkpoint", str(path), "--device", "cpu"])
-    sizes = (args.hidden_size, args.hidden_layers, args.embedding_size, args.num_timesteps)
-    network = main.MLP(2, *sizes)
-    network.load_state_dict(content["weights"])
-    schedule = main.make_schedule(args.num_timesteps)
+    network, config = main.load_checkpoint(outputs / "heart" / "model.pt", "cpu")
+    schedule = main.make_schedule(config.num_timesteps)
     x_0, _, _ = main.standardise(main.heart())
     exact = exact_eps(schedule, x_0[::4])
-    strip(schedule, x_0, network, content["limit"])
+    strip(schedule, x_0, network, config.limit)
     floor(schedule, x_0, network, exact)
     scores(schedule, x_0, network, exact)
-    path = ROOT / "tests" / "models" / "ddpm_unet_mnist.pt"
-    state = ddpm_unet.load_checkpoint(path, "cpu")
-    net = ddpm_unet.UNet(**{name: state["options"][name] for name in ddpm_unet.MODEL})
-    net.load_state_dict(state["ema"])
-    unet(net, ddpm_unet.make_schedule(state["options"]["num_timesteps"]))
+    unet(*likelihood.load_net(ROOT / "tests" / "models" / "ddpm_unet_mnist.pt"))
 
 
 if __name__ == "__main__":
