@@ -10,7 +10,7 @@ little towards it, and guess again. By default, sampling skips most steps (DDIM,
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
 x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
-We count steps from 0, the paper from 1: x_0 is clean, but x_t at t = 0 has one step of noise.
+Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 """
 
 import json
@@ -70,21 +70,21 @@ def load_images(dataset, data_dir, size):
 
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
-    """Return alpha_bars (T,): running products of 1 - beta_t (in other code alphas_cumprod)."""
-    # Step t multiplies x by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2).
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # 1000 / T: the last x is noise for every T
-    betas = betas.clip(max=0.999)  # T = 20 would end with beta = 1: nothing of x_0 would be left
-    return torch.from_numpy(np.cumprod(1 - betas))
+    """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
+    # Step t multiplies x_{t-1} by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2).
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is near exp(-10)
+    betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
+    return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
 
 def q_sample(x_0, alpha_bar, eps):
-    """Return x_t: x_0 after all steps up to t, in one jump; eps is from N(0, I) (eq. 4)."""
+    """Return x_t: x_0 after the steps 1 to t, in one jump; eps is from N(0, I) (eq. 4)."""
     return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * eps
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of x before step t, given x_0 and x_t: a Gaussian (eq. 6, 7)."""
-    # Bayes' rule: its density is q(x before | x_0) q(x_t | x before), but for a constant factor.
+    """Return mean and variance of x_{t-1}, given x_0 and x_t: a Gaussian (eq. 6 and 7)."""
+    # Bayes' rule: its density is proportional to q(x_{t-1} | x_0) q(x_t | x_{t-1}).
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -144,7 +144,7 @@ class UNet(nn.Module):
         if len(x_t) > 100 and not torch.is_grad_enabled():  # sampling: 100 at a time saves memory
             parts = zip(x_t.split(100), t.split(100), labels.split(100))
             return torch.cat([self(*part) for part in parts])
-        angles = t[:, None] * self.frequencies  # (B, E / 2)
+        angles = (t[:, None] - 1) * self.frequencies  # (B, E / 2)
         temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1))
         temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
         h = self.first(x_t)  # (B, widths[0], H, W)
@@ -168,7 +168,7 @@ class UNet(nn.Module):
 # %% 4. Loss
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1 for a batch x_0: L_simple, eq. 14."""
-    t = torch.randint(len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
+    t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
     dropped = torch.rand(len(x_0)) < 0.1  # a tenth learns without its label, for guidance
@@ -177,38 +177,37 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 5. Sampling
-def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2 (but for the clamp): draw from q_posterior of x_0_hat."""
-    mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
-    return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
-
-
-def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Mix the guesses of image and noise again, with less noise: arXiv 2010.02502, eq. 12."""
-    # The clamp has changed x_0_hat, so compute the noise that goes with it.
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5
-    return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
-
-
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
-    steps = np.linspace(len(alpha_bars) - 1, 0, num_steps).round().astype(int)  # from T - 1 to 0
-    visited_alpha_bars = np.append(alpha_bars[steps], 1.0).tolist()  # 1 is for clean data
-    no_labels = torch.full_like(labels, net.no_label)
+    steps = [*np.linspace(len(alpha_bars) - 1, 1, num_steps).round().astype(int), 0]  # T to 0
     take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
     for k in range(num_steps):
-        alpha_bar, alpha_bar_prev = visited_alpha_bars[k : k + 2]  # prev is nearer to the data
-        t = torch.full_like(labels, steps[k].item())
+        alpha_bar, alpha_bar_prev = alpha_bars[steps[k : k + 2]].tolist()  # prev: nearer to data
+        t = torch.full_like(labels, steps[k])
         eps_hat = net(x, t, labels)
         if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6
             # Go from the guess without label to the one with it, and beyond: the label counts more.
-            eps_hat = (1 + guidance) * eps_hat - guidance * net(x, t, no_labels)
+            eps_hat_without = net(x, t, torch.full_like(t, net.no_label))
+            eps_hat = (1 + guidance) * eps_hat - guidance * eps_hat_without
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
         x_0_hat = x_0_hat.clamp(-1, 1)  # as the authors' code: the division magnifies errors
         yield num_steps - k, x, x_0_hat
         x = take_step(x_0_hat, x, alpha_bar, alpha_bar_prev)
     yield 0, x, x  # finished
+
+
+def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
+    """Take one step of Algorithm 2: draw x_{t-1} as if the guess x_0_hat were the true x_0."""
+    mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
+    return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
+
+
+def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
+    """Mix the guesses of image and noise anew, with less noise: arXiv 2010.02502, eq. 12."""
+    # The clamp has changed x_0_hat. So compute the noise that would lead from it to x_t.
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5
+    return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 
 # %% 6. Training
@@ -332,11 +331,11 @@ def parse_options(argv):
     flag("--data_dir", default="data", help="holds the 4 files of MNIST in MNIST/raw, or will")
     flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # first, only to find the checkpoint
     path = args.resume if args.checkpoint is None else args.checkpoint
     state = {} if path is None else load_checkpoint(path, args.device)
-    parser.set_defaults(**state.get("options", {}))  # and args.channels, num_classes
-    args = parser.parse_args(argv)  # again, with these, but the command line wins
+    parser.set_defaults(**state.get("options", {}))  # these include channels and num_classes
+    args = parser.parse_args(argv)  # again: what you do not give comes from the checkpoint
     if state and any(vars(args)[name] != state["options"][name] for name in MODEL):
         parser.error(f"{path} has another size: leave out --base_channels and the like")
     for name, value in vars(args).items():
@@ -348,6 +347,7 @@ def parse_options(argv):
 def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
     args, state = parse_options(argv)
+    training = args.checkpoint is None  # from the beginning, or from where --resume stopped
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, process {RANK}")
     torch.set_default_device(args.device)  # of new tensors, but not of those from numpy
     if WORLD_SIZE > 1:
@@ -355,13 +355,13 @@ def main(argv=None):
         if args.device != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(args.seed)
-    name = Path(args.dataset).name + ("" if args.checkpoint is None else "_samples")
+    name = Path(args.dataset).name + ("" if training else "_samples")
     out = Path(args.output_dir or f"outputs/ddpm_unet_{name}")
     if args.resume is not None:
         out = Path(args.resume).parent
     elif (out / "model.pt").exists():
         sys.exit(f"ddpm_unet.py: error: {out} holds a model: --resume it, or change --output_dir")
-    if args.checkpoint is None:
+    if training:
         images, labels = load_images(args.dataset, args.data_dir, args.image_size)
         _, args.channels, args.image_size, _ = images.shape
         args.num_classes = labels.max().item() + 1
@@ -375,7 +375,7 @@ def main(argv=None):
     if state:
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
-    if args.checkpoint is None:
+    if training:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda signum, frame: SIGNALS.append(signum))
         images, labels = images.to(args.device), labels.to(args.device)

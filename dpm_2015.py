@@ -63,10 +63,10 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
-# The prior p(x_T) is pure noise, and q is reversible: prior(a) q(b | a) = prior(b) q(a | b). So, by
-# Bayes' rule, if x_{t-1} were pure noise, the step back would be a step of q. But x_{t-1} comes
-# from data, and the step back differs. Our p(x_{t-1} | x_t) is a step of q with parameters that z,
-# the network's output, corrects. If steps are small, the step back is nearly of this form.
+# 1. q is reversible: prior(a) q(b | a) = prior(b) q(a | b). The prior p(x_T) is pure noise.
+# 2. If x_{t-1} were from the prior, the step back would thus be a step of q, by Bayes' rule.
+# 3. As x_{t-1} comes from data, z, the network's output, corrects the mean and the variance of that
+#    step (bits: the log-odds). If steps are small, the true step back is nearly of this form.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -105,7 +105,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # authors' code, not eq. 65: z = 0 is a step of q
+        mu = step.mean + step.stddev * z_mu  # authors' code; by eq. 65, z = 0 gives (1 - beta) x
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
@@ -147,15 +147,15 @@ def bound(model, x_0):
     Jensen:  log p(x_0) >= E_q log( p(x_T) * product_{t=1}^T p(x_{t-1} | x_t) / q(x_t | x_{t-1}) )
     p(x_T):  log prior(x) depends only on x^2 (bits: x), whose mean over data and dimensions is 1
              (bits: m) for x_0, all x_t and the prior. So E log prior(x_t) = -H_p for every t.
-    t = 1:   p(x_0 | x_1) is a step of q (eq. 44). By reversibility, p(x_0 | x_1) / q(x_1 | x_0) is
-             prior(x_0) / prior(x_1), whose log is 0 on average.
+    t = 1:   we choose a step of q for p(x_0 | x_1) (eq. 44). As q is reversible, p(x_0 | x_1)
+             divided by q(x_1 | x_0) is prior(x_0) / prior(x_1), whose log is 0 on average.
     t >= 2:  by Bayes' rule, q(x_t | x_{t-1}) is the posterior q(x_{t-1} | x_t, x_0), times
              q(x_t | x_0) / q(x_{t-1} | x_0). The product of these fractions over t = 2..T is
              q(x_T | x_0) / q(x_1 | x_0).
     So the right side, on average over data, is
     K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
         + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
-    If z = 0, every t is like t = 1, and K is L_null, the mean of log prior(x_0).
+    If z = 0, every t is like t = 1, most priors cancel, and K is L_null, the mean log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))

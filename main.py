@@ -8,7 +8,7 @@ noise (https://arxiv.org/abs/2006.11239). Sections 2 to 6 are the method, the ot
     python main.py --dataset mnist          handwritten digits, in ten minutes
 
 One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. A batch has B.
-We count steps from 0, the paper from 1: x_0 is clean data, but x_t at t = 0 has one step of noise.
+Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 """
 
 import json
@@ -55,27 +55,28 @@ def standardise(data):
 
 # %% 2. Noise schedule: how much noise each step adds (section 4 of the paper)
 def make_schedule(T):
-    """Return three tables, each (T,): betas, signal and noise_std.
+    """Return T and three tables, each (T + 1,) for t = 0..T: betas, signal and noise_std.
 
-    Step t turns x into       sqrt(1 - beta_t) * x + sqrt(beta_t) * noise           (eq. 2)
-    The steps 0 to t give     x_t = signal[t] * x_0 + noise_std[t] * eps            (eq. 4)
-    where noise and eps are from N(0, I): normal noises add up to normal noise. In each step,
+    Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
+    The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
+    where noise and eps are from N(0, I). Noises add up to noise, and variances add. In each step,
         signal**2           becomes    (1 - beta_t) * signal**2
         noise_std**2        becomes    (1 - beta_t) * noise_std**2 + beta_t
         1 - noise_std**2    becomes    (1 - beta_t) * (1 - noise_std**2)
     The first and the last begin at 1, so they stay equal. Their value, the product of all 1 - beta
     so far, is called alpha_bar (in other code, alphas_cumprod).
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10 for every T: x ends as noise
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is near exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
+    betas = np.append(0, betas)  # for t = 0: x_0 has no noise
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = {"betas": betas, "signal": np.sqrt(alpha_bars), "noise_std": np.sqrt(1 - alpha_bars)}
-    return SimpleNamespace(**{name: torch.tensor(np.float32(x)) for name, x in tables.items()})
+    return SimpleNamespace(T=T, **{name: torch.tensor(np.float32(x)) for name, x in tables.items()})
 
 
 # %% 3. Forward process
 def q_sample(schedule, x_0, t, eps):
-    """Return x_t (B, D): x_0 (B, D) after the steps 0 to t (B,), in one jump (eq. 4)."""
+    """Return x_t (B, D): x_0 (B, D) after the steps 1 to t (B,), in one jump (eq. 4)."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
 
 
@@ -106,7 +107,7 @@ class MLP(nn.Module):
         inputs = [x_t]
         if x_t.shape[1] == 2:  # points: waves as short as 2 pi / 25 = 0.25 show fine detail
             inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]  # x: (B,)
-        temb = sinusoidal_embedding(t, self.embedding_size, self.time_scale)
+        temb = sinusoidal_embedding(t - 1, self.embedding_size, self.time_scale)  # from 0
         h = F.silu(self.first(torch.cat((*inputs, temb), dim=1)))  # (B, hidden_size)
         for block in self.blocks:
             h = h + F.silu(block(h))
@@ -117,12 +118,13 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many pairs of x_0 and eps lead to the same x_t, so the network cannot know eps. With a squared
-    error, its best guess is E[eps | x_t]: the average of all these eps, likely ones counting more.
+    Many pairs of x_0 and eps lead to the same x_t, so the network cannot know eps. The squared
+    error is least if it answers with the average of all these eps, in which likely ones count more.
     For eps, this is L_simple (eq. 14): the paper's bound on -log p(x_0), without the factor that
-    each t has there (eq. 12). Digits use x_0: 784 numbers of noise do not fit through 768 units.
+    each t has there (eq. 12). Digits use x_0: to guess eps, an MLP would have to pass on 784
+    unrelated numbers, and a digit is simpler than that.
     """
-    t = torch.randint(len(schedule.betas), (len(x_0),))  # Algorithm 1, line 3
+    t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(schedule, x_0, t, eps)
     output = model(x_t, t)
@@ -131,6 +133,20 @@ def loss_simple(model, schedule, x_0, predict):
 
 
 # %% 6. Sampling
+def p_sample(model, schedule, x_t, t, predict, limit):
+    """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D).
+
+    If x_0 were known, Bayes' rule would give x_{t-1}: see q_posterior. We only have a guess of x_0,
+    the average of all x_0 that could have led to x_t. The mean of x_{t-1} is linear in x_0, so the
+    average x_0 gives the average of these means, and that is the right mean. The variance is too
+    small, because x_0 is uncertain. If beta_t is small, this error is small: so T is large.
+    """
+    x_0_hat = guess_x_0(model, schedule, x_t, t, predict, limit)
+    mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
+    # Without the clamp, mean is that of line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
+    return mean + sigma * torch.randn_like(x_t)
+
+
 def guess_x_0(model, schedule, x_t, t, predict, limit):
     """Return x_0_hat (B, D), the network's guess of x_0, given x_t (B, D) and one number t."""
     output = model(x_t, torch.full((len(x_t),), t))
@@ -140,48 +156,34 @@ def guess_x_0(model, schedule, x_t, t, predict, limit):
 
 
 def q_posterior(schedule, x_0, x_t, t):
-    """Return mean and standard deviation of x before step t, given x_0 and x_t (eq. 7).
+    """Return mean (B, D) and standard deviation of x_{t-1}, given x_0 and x_t (B, D): eq. 6 and 7.
 
-    By Bayes' rule, its density is q(x before | x_0), from eq. 4, times q(x_t | x before), from
-    eq. 2, but for a constant factor. Both are bell curves in x before. So is their product.
-    Its variance is called beta_tilde. The paper also tries beta_t, which differs only at small t.
+    By Bayes' rule, the density of x_{t-1} is proportional to q(x_{t-1} | x_0), from eq. 4, times
+    q(x_t | x_{t-1}), from eq. 2. Both are bell curves in x_{t-1}, so their product is a bell curve,
+    too: precisions (1 / variance) add, and its mean is the average of the two, so weighted. Its
+    variance is called beta_tilde. The paper also tries beta_t: much larger, but only at small t.
     """
     beta, noise_std = schedule.betas[t], schedule.noise_std[t]
-    signal_before = schedule.signal[t - 1] if t > 0 else 1.0  # before step 0, x is clean data
-    noise_std_before = schedule.noise_std[t - 1] if t > 0 else 0.0
-    coef_x_0 = signal_before * beta / noise_std**2  # noise_std**2 is 1 - alpha_bar
-    coef_x_t = (1 - beta) ** 0.5 * noise_std_before**2 / noise_std**2
-    sigma = beta**0.5 * noise_std_before / noise_std  # 0 for t = 0
+    signal_prev, noise_std_prev = schedule.signal[t - 1], schedule.noise_std[t - 1]
+    coef_x_0 = signal_prev * beta / noise_std**2  # noise_std**2 is 1 - alpha_bar
+    coef_x_t = (1 - beta) ** 0.5 * noise_std_prev**2 / noise_std**2
+    sigma = beta**0.5 * noise_std_prev / noise_std  # 0 for t = 1
     return coef_x_0 * x_0 + coef_x_t * x_t, sigma
-
-
-def p_sample(model, schedule, x_t, t, predict, limit):
-    """Undo step t, as in Algorithm 2: given x_t (B, D), draw x before step t (B, D).
-
-    A guess stands in for x_0: the average of all x_0 that could have led to x_t. The mean is right,
-    because eq. 15 is linear in eps, and q_posterior's mean in x_0. But x_0 is uncertain. This adds
-    coef_x_0**2 * Var(x_0) to the variance sigma**2: except for the smallest t, of order beta**2,
-    while sigma**2 is of order beta. So for small beta, we can leave it out. This is why T is large.
-    """
-    x_0_hat = guess_x_0(model, schedule, x_t, t, predict, limit)
-    mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
-    # Without the clamp, mean is that of line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
-    return mean + sigma * torch.randn_like(x_t)
 
 
 @torch.no_grad()
 def p_sample_loop(model, schedule, shape, predict, limit):
-    """Run Algorithm 2 for x of this shape. Yield (steps still to undo, x), from T down to 0."""
+    """Run Algorithm 2 for x of this shape. Yield (t, x_t) for t = T, ..., 0."""
     x = torch.randn(shape)  # line 1
-    yield len(schedule.betas), x
-    for t in reversed(range(len(schedule.betas))):
+    yield schedule.T, x
+    for t in range(schedule.T, 0, -1):  # line 2
         x = p_sample(model, schedule, x, t, predict, limit)
-        yield t, x
+        yield t - 1, x
 
 
 # %% 7. Training
 def train(model, schedule, x_0, config):
-    """Train by Algorithm 1 on x_0 (N, D). Return pictures of samples on the way."""
+    """Train by Algorithm 1 on x_0 (N, D). Return pictures of samples. config: see new_config."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
     snapshot_epochs = [config.num_epochs * k**2 // 6**2 for k in range(6)]  # of 300: 0, 8, 33, ...
     frames = []
@@ -199,6 +201,8 @@ def train(model, schedule, x_0, config):
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
             bar.set_postfix(loss=f"{loss:.4f}")
+            if not loss.isfinite():
+                sys.exit("main.py: error: the loss is not finite: lower --learning_rate")
     except KeyboardInterrupt:
         print("Training ends early. Next come the samples.")
     return frames
@@ -232,20 +236,19 @@ def snapshot(title, model, schedule, config):
 
 
 def animate(model, schedule, config, num_samples, every):
-    """Draw samples x (num_samples, D). Return x, the frames of a GIF, and their times."""
-    T = len(schedule.betas)
+    """Return new samples x (num_samples, D), the frames of a GIF, and their times."""
     x_0 = config.examples
-    counts = [*range(0, T, every), T]  # a picture shows x after so many noise steps
+    steps = [*range(0, schedule.T, every), schedule.T]  # the t to be seen
     frames = [draw("data", x_0, "tab:blue", x_0)]
     eps = torch.randn_like(x_0)  # the same in all pictures, so that you can follow a point
-    for count in counts[1:]:
-        x_t = q_sample(schedule, x_0, torch.tensor([count - 1]), eps)  # after steps 0..count - 1
-        frames.append(draw(f"adding noise: step {count}", x_t, "tab:blue", x_0))
+    for t in steps[1:]:
+        x_t = q_sample(schedule, x_0, torch.tensor([t]), eps)
+        frames.append(draw(f"adding noise: step {t}", x_t, "tab:blue", x_0))
     chain = p_sample_loop(model, schedule, (num_samples, config.dim), config.predict, config.limit)
-    for count, x in tqdm(chain, "sampling", total=T + 1):
-        if count in counts:
-            frames.append(draw(f"removing noise: {count} left", x, "tab:orange", x_0))
-    times = [250 if count <= T / 4 else 50 for count in counts + counts[::-1]]  # milliseconds
+    for t, x in tqdm(chain, "sampling", total=schedule.T + 1):
+        if t in steps:
+            frames.append(draw(f"removing noise: {t} left", x, "tab:orange", x_0))
+    times = [250 if t <= schedule.T / 4 else 50 for t in steps + steps[::-1]]  # milliseconds
     times[-1] = 3000
     return x, frames, times
 
@@ -259,13 +262,8 @@ def energy_distance(a, b):
 # %% 9. Files, command line, and main, which puts everything together
 CHOICES = f"choose {', '.join(DATASETS)}, a .npy or .csv file with two numbers a row, or mnist "
 CHOICES += "(offline: put {train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
-MNIST_DEFAULTS = {"predict": "x_0", "hidden_size": 768, "hidden_layers": 4}
-MNIST_DEFAULTS |= {
-    "train_batch_size": 256,
-    "num_epochs": 34,
-    "learning_rate": 4e-3,
-    "show_image_step": 20,
-}
+# The options that make a model. With --checkpoint, model.pt has them.
+MODEL = ["dataset", "predict", "num_timesteps", "embedding_size", "hidden_size", "hidden_layers"]
 
 
 def load_data(name, data_dir):
@@ -321,7 +319,7 @@ def load_checkpoint(path, device):
 
 
 def parse_options(argv):
-    """Return the options. What you do not give has the defaults below, or MNIST_DEFAULTS."""
+    """Return the options."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser = ArgumentParser(usage="main.py [options]", description=__doc__.splitlines()[0])
     flag = parser.add_argument
@@ -343,7 +341,8 @@ def parse_options(argv):
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
     if args.dataset == "mnist":
-        parser.set_defaults(**MNIST_DEFAULTS)
+        parser.set_defaults(predict="x_0", hidden_size=768, hidden_layers=4, show_image_step=20)
+        parser.set_defaults(train_batch_size=256, num_epochs=34, learning_rate=4e-3)
         args = parser.parse_args(argv)  # again, with these defaults
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 10_000:
@@ -363,6 +362,7 @@ def main(argv=None):
         name = Path(args.dataset).stem
     else:
         model, config = load_checkpoint(args.checkpoint, args.device)
+        vars(args).update({name: vars(config)[name] for name in MODEL})
         name = Path(args.checkpoint).resolve().parent.name + "_samples"
     schedule = make_schedule(config.num_timesteps)
     out = Path(args.output_dir or f"outputs/{name}")

@@ -41,8 +41,8 @@ def no_network(monkeypatch):
 
 
 def exact_schedule(T):
-    """Return betas and alpha_bars (T,) in float64. For T = 1000, they are the DDPM paper's."""
-    betas = np.minimum(np.linspace(1e-4, 0.02, T) * 1000 / T, 0.999)
+    """Return betas and alpha_bars (T + 1,) in float64, for t = 0..T. T = 1000 is the DDPM paper."""
+    betas = np.append(0, np.minimum(np.linspace(1e-4, 0.02, T) * 1000 / T, 0.999))
     return betas, np.cumprod(1 - betas)
 
 

@@ -25,7 +25,6 @@ import main
 
 BLUE, ORANGE, GREY = "tab:blue", "tab:orange", "tab:gray"
 NO_TICKS = {"xticks": (), "yticks": (), "aspect": "equal"}
-ARROWS = {"width": 0.004, "angles": "xy", "scale_units": "xy", "scale": 4}
 
 
 def new_figure(rows, columns, height):
@@ -52,7 +51,7 @@ def exact_eps(schedule, points):
 
 def strip(schedule, x_0, network, limit):
     """Draw the heart at six noise levels: above, noise is added; below, it is removed."""
-    T = len(schedule.betas)
+    T = schedule.T
     shown = [0, T // 20, T // 8, T // 4, T // 2, T]
     chain = main.p_sample_loop(network, schedule, (600, 2), "eps", limit)
     samples = {step: x for step, x in chain if step in shown}
@@ -60,7 +59,7 @@ def strip(schedule, x_0, network, limit):
     eps = torch.randn(600, 2)
     figure, (above, below) = new_figure(2, 6, height=3.7)
     for k, step in enumerate(shown):
-        x_t = x if step == 0 else main.q_sample(schedule, x, torch.tensor([step - 1]), eps)
+        x_t = main.q_sample(schedule, x, torch.tensor([step]), eps)
         above[k].scatter(*x_t.T, s=3, color=BLUE, linewidths=0)
         above[k].set_title(f"{step} of {T} steps", fontsize=11)
         below[k].scatter(*samples[step].T, s=3, color=ORANGE, linewidths=0)
@@ -73,7 +72,7 @@ def strip(schedule, x_0, network, limit):
 
 def floor(schedule, x_0, network, exact):
     """Draw the squared error of eps at every fourth step, of the network and the exact model."""
-    steps = range(0, len(schedule.betas), 4)
+    steps = range(1, schedule.T + 1, 4)
     figure, ((axes,),) = new_figure(1, 1, height=3.2)
     looks = ((network, "o", ORANGE, "the network"), (exact, "-", BLUE, "the least possible"))
     for model, style, colour, name in looks:
@@ -84,7 +83,7 @@ def floor(schedule, x_0, network, exact):
             t = torch.full((2000,), step)
             x_t = main.q_sample(schedule, x, t, eps)
             losses.append((eps - model(x_t, t)).square().mean())
-        axes.plot([step + 1 for step in steps], losses, style, color=colour, ms=4, label=name)
+        axes.plot(steps, losses, style, color=colour, ms=4, label=name)
     axes.set(xlabel="noise steps", ylabel="squared error of eps, per number")
     axes.legend()
     save(figure, "floor")
@@ -97,16 +96,17 @@ def scores(schedule, x_0, network, exact):
     figure, rows = new_figure(2, 3, height=6.8)
     looks = ((exact, GREY, "exact"), (network, ORANGE, "the network"))
     for row, (model, colour, name) in zip(rows, looks):
+        torch.manual_seed(0)  # the same points in both
         row[0].set_ylabel(name, fontsize=12)
         for axes, step in zip(row, (10, 20, 60)):
-            noise_std = schedule.noise_std[step - 1]
-            x_t = main.q_sample(schedule, x_0[::4], torch.tensor([step - 1]), torch.randn(2000, 2))
+            noise_std = schedule.noise_std[step]
+            x_t = main.q_sample(schedule, x_0[::4], torch.tensor([step]), torch.randn(2000, 2))
             near = grid[torch.cdist(grid, x_t).min(dim=1)[0] < 2 * noise_std]
-            arrows = -model(near, torch.full((len(near),), step - 1)) * noise_std
+            arrows = -model(near, torch.full((len(near),), step)) * noise_std
             axes.scatter(*x_t.T, s=2, color=BLUE, alpha=0.3, linewidths=0)
-            axes.quiver(*near.T, *arrows.T, color=colour, **ARROWS)
+            axes.quiver(*near.T, *arrows.T, color=colour, width=0.004, angles="xy", scale=25)
             axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), **NO_TICKS)
-            axes.set_title(f"step {step} of {len(schedule.betas)}", fontsize=12)
+            axes.set_title(f"step {step} of {schedule.T}", fontsize=12)
     save(figure, "score")
 
 
@@ -144,14 +144,13 @@ def unet(net, alpha_bars):
     pictures = (("ddpm_unet_digits", "ddpm_unet.py", drawn), ("real_digits", "real digits", real))
     for name, title, digits in pictures:
         imageio.imwrite(ROOT / "images" / f"{name}.png", main.draw(title, digits, "", digits))
-    t = torch.linspace(0, len(alpha_bars) - 1, 12).long()
+    t = torch.linspace(1, len(alpha_bars) - 1, 12).long()
     torch.manual_seed(0)
     alpha_bar = alpha_bars[t].float().view(-1, 1, 1, 1)
     x_t = ddpm_unet.q_sample(real[0].view(1, 1, 28, 28), alpha_bar, torch.randn(12, 1, 28, 28))
     eps_hat = net(x_t, t, torch.full((12,), net.no_label))
     x_0_hat = (x_t - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5
-    titles = [str(step + 1) for step in t.tolist()]
-    digit_rows([x_t, x_0_hat.clamp(-1, 1)], ["x_t at step", "x_0_hat"], "sees", titles)
+    digit_rows([x_t, x_0_hat.clamp(-1, 1)], ["x_t at step", "x_0_hat"], "sees", t.tolist())
 
 
 # Each experiment: a title, options of main.py, and what to write in place of what in its source
@@ -159,7 +158,7 @@ RAW = {
     "2 * embedding_size if data_dim == 2 else data_dim": "data_dim",
     "if x_t.shape[1] == 2": "if False",
 }
-BETA = {"beta**0.5 * noise_std_before / noise_std": "beta**0.5 * (t > 0)"}
+BETA = {"beta**0.5 * noise_std_prev / noise_std": "beta**0.5 * (t > 1)"}
 EXPERIMENTS = [
     ("T = 20", "--num_timesteps 20", {}),
     ("T = 50", "--num_timesteps 50", {}),

@@ -6,12 +6,11 @@ The bound is the paper's eq. 5, with the variances beta_tilde of eq. 7:
 
     -log2 p(x_0 | label) <= L_T + (L_1 + ... + L_{T-1}) + L_0
 
-The network knows each digit's true label. To send that too costs log2(10) bits, 0.004 a dimension.
-The bound is far above the best that is known: the price of L_simple, which weighs small t less than
-the bound does, and of fixed variances, the decoder's included. Improved DDPM (arXiv 2102.09672) and
-VDM (arXiv 2107.00630) removed it, with learned variances, a learned schedule, the bound as loss.
+The network knows each digit's true label, which would cost 0.004 bits per dimension more. The bound
+is far above the best that is known: the price of L_simple, which weighs small t less than the bound
+does, and of fixed variances. Improved DDPM (arXiv 2102.09672) and VDM (arXiv 2107.00630) removed it.
 
-Images are (B, 1, H, W), in -1..1. As in ddpm_unet.py, t = 0..T-1 is the paper's t - 1.
+Images are (B, 1, H, W), in -1..1.
 """
 
 import gzip
@@ -39,9 +38,9 @@ def predict(net, alpha_bars, x_0, labels, t):
 
 
 def step_nats(net, alpha_bars, x_0, labels, t):
-    """Return KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), (B, 1, H, W), for t (B,) in 1..T-1.
+    """Return KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), (B, 1, H, W), for t (B,) in 2..T.
 
-    x_t is drawn. Both are normal, of variance v = beta_tilde: (difference of means)^2 / 2v is left.
+    Both are normal, of variance v = beta_tilde: (difference of means)^2 / 2v is left.
     """
     error = x_0 - predict(net, alpha_bars, x_0, labels, t)
     alpha_bar = alpha_bars[t].view(-1, 1, 1, 1)
@@ -52,8 +51,8 @@ def step_nats(net, alpha_bars, x_0, labels, t):
 
 
 def decoder_std(alpha_bars):
-    """Return the standard deviation of p(x_0 | x_1): that of t = 1, as beta_tilde at t = 0 is 0."""
-    _, variance = ddpm_unet.q_posterior(0.0, 0.0, alpha_bars[1].item(), alpha_bars[0].item())
+    """Return the standard deviation of p(x_0 | x_1): that of t = 2, as beta_tilde at t = 1 is 0."""
+    _, variance = ddpm_unet.q_posterior(0.0, 0.0, alpha_bars[2].item(), alpha_bars[1].item())
     return variance**0.5
 
 
@@ -71,11 +70,8 @@ def decoder_nats(x_0, mean, std):
 
 
 def decoder_floor(x_0, std):
-    """Return the bits per dimension that the decoder costs if its mean is x_0, as a number.
-
-    N(0, std^2) is within half a level of 0 with probability erf(1/2 / sqrt(2) std), std in levels.
-    """
-    within = math.erf(0.5 / (2**0.5 * 127.5 * std))
+    """Return the bits per dimension that the decoder costs even if its mean is x_0."""
+    within = math.erf(0.5 / (2**0.5 * 127.5 * std))  # N(0, std^2), within half a level of 0
     share = (x_0.abs() > 0.999).double().mean().item()  # of the pixels 0 and 255, open to a side
     return -share * math.log2((1 + within) / 2) - (1 - share) * math.log2(within)
 
@@ -89,13 +85,13 @@ def bound(net, alpha_bars, x_0, labels, terms):
     """
     last = alpha_bars[-1].item()
     L_T = (last * (x_0**2 - 1) - math.log(1 - last)) / 2  # KL(q(x_T | x_0) || N(0, I))
-    count = len(alpha_bars) - 1
+    count = len(alpha_bars) - 2  # t = 2..T
     first = torch.randint(count, (len(x_0),))
     steps = torch.zeros_like(x_0)
     for k in range(terms):
-        t = 1 + (first + k * count // terms) % count
+        t = 2 + (first + k * count // terms) % count
         steps += step_nats(net, alpha_bars, x_0, labels, t) * count / terms
-    mean = predict(net, alpha_bars, x_0, labels, torch.zeros_like(labels))  # by eq. 7, at t = 0
+    mean = predict(net, alpha_bars, x_0, labels, torch.ones_like(labels))  # by eq. 7, at t = 1
     L_0 = decoder_nats(x_0, mean, decoder_std(alpha_bars))
     nats = torch.stack((L_T, steps, L_0), dim=1)  # (B, 3, 1, H, W)
     return nats.flatten(2).mean(dim=2) / math.log(2)
@@ -112,16 +108,12 @@ def load_net(path):
 def main(argv=None):
     """Bound the cost of test digits, and print it as a Markdown table beside the cost by gzip."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    flag("checkpoint", help="model.pt of ddpm_unet.py")
-    flag("--data_dir", default="data", help="holds the 4 files of MNIST in MNIST/raw")
-    flag("--num_images", type=int, default=500, help="test digits, drawn at random")
+    parser.add_argument("checkpoint", help="model.pt of ddpm_unet.py")
+    parser.add_argument("--data_dir", default="data", help="holds MNIST/raw, or will")
+    parser.add_argument("--num_images", type=int, default=500, help="test digits, at random")
     args = parser.parse_args(argv)
     net, alpha_bars = load_net(args.checkpoint)
-    try:
-        mnist = MNIST(args.data_dir, train=False)
-    except RuntimeError:
-        parser.error(f"--data_dir {args.data_dir} has no digits: ddpm_unet.py can download them")
+    mnist = MNIST(args.data_dir, train=False, download=True)
     torch.manual_seed(0)
     chosen = torch.randperm(len(mnist))[: args.num_images]
     images, labels = mnist.data[chosen, None], mnist.targets[chosen]

@@ -60,13 +60,13 @@ def test_schedule(T):
     """The tables of eq. 4 against eq. 2, one step at a time: mean and variance, from x_0 = 1."""
     betas, _ = exact_schedule(T)
     means, variances = [1.0], [0.0]
-    for beta in betas:
+    for beta in betas[1:]:
         means.append(np.sqrt(1 - beta) * means[-1])
         variances.append((1 - beta) * variances[-1] + beta)
     schedule = main.make_schedule(T)
     assert_allclose(schedule.betas, betas, rtol=1e-6)
-    assert_allclose(schedule.signal, means[1:], rtol=1e-6)
-    assert_allclose(schedule.noise_std**2, variances[1:], rtol=1e-6)
+    assert_allclose(schedule.signal, means, rtol=1e-6)
+    assert_allclose(schedule.noise_std**2, variances, rtol=1e-6)
     assert schedule.signal[-1] < 0.01  # almost only noise is left
 
 
@@ -79,7 +79,7 @@ def test_loss_is_algorithm_1(predict):
     loss = main.loss_simple(network, main.make_schedule(50), x_0, predict)
 
     torch.manual_seed(0)
-    t = torch.randint(50, (100,))
+    t = torch.randint(1, 51, (100,))
     eps = torch.randn(100, 2)
     alpha_bar = torch.tensor(exact_schedule(50)[1])[t, None]
     x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
@@ -89,18 +89,18 @@ def test_loss_is_algorithm_1(predict):
 
 
 @both_targets
-@pytest.mark.parametrize("step", [1, 5, 30, 49])
+@pytest.mark.parametrize("t", [2, 5, 30, 50])
 @pytest.mark.parametrize("predicted", [0.7, 9.0, -9.0])
-def test_p_sample_is_bayes_rule(monkeypatch, predict, step, predicted):
-    """For a guess of x_0, clipped to 1.5, against q(x_before | x_t, x_0) on a grid of x_before."""
+def test_p_sample_is_bayes_rule(monkeypatch, predict, t, predicted):
+    """For a guess of x_0, clipped to 1.5, against q(x_{t-1} | x_t, x_0) on a grid of x_{t-1}."""
     noise = torch.tensor([[0.0], [1.0]])
     monkeypatch.setattr(torch, "randn_like", lambda x: noise)
     network = best_network(50, torch.tensor([[predicted]]), predict)
     x_t = torch.full((2, 1), -0.4)
-    found = main.p_sample(network, main.make_schedule(50), x_t, step, predict, limit=1.5)
+    found = main.p_sample(network, main.make_schedule(50), x_t, t, predict, limit=1.5)
 
     betas, alpha_bars = exact_schedule(50)
-    beta, alpha_bar = betas[step], alpha_bars[step - 1]
+    beta, alpha_bar = betas[t], alpha_bars[t - 1]
     grid = np.arange(-8, 8, 2e-4)
     from_start = (grid - np.sqrt(alpha_bar) * np.clip(predicted, -1.5, 1.5)) ** 2 / (1 - alpha_bar)
     one_step = (-0.4 - np.sqrt(1 - beta) * grid) ** 2 / beta
@@ -117,19 +117,18 @@ def test_p_sample_loop_is_algorithm_2():
     network = best_network(50, CENTRES, "eps")
     torch.manual_seed(0)
     chain = main.p_sample_loop(network, main.make_schedule(50), (100, 2), "eps", limit=1e9)
-    counts, states = zip(*chain)
-    assert counts == tuple(range(50, -1, -1))
+    steps, states = zip(*chain)
+    assert steps == tuple(range(50, -1, -1))
 
     torch.manual_seed(0)
     assert_close(states[0], torch.randn(100, 2))  # line 1
     betas, alpha_bars = exact_schedule(50)
-    alpha_bars_before = np.append(1.0, alpha_bars[:-1])
-    for t, x_t, x_before in zip(counts[1:], states, states[1:]):
+    for t, x_t, x_prev in zip(steps, states, states[1:]):
         eps = network(x_t, torch.full((100,), t))
         mean = x_t - betas[t] / np.sqrt(1 - alpha_bars[t]) * eps
-        beta_tilde = (1 - alpha_bars_before[t]) / (1 - alpha_bars[t]) * betas[t]
+        beta_tilde = (1 - alpha_bars[t - 1]) / (1 - alpha_bars[t]) * betas[t]
         expected = mean / np.sqrt(1 - betas[t]) + np.sqrt(beta_tilde) * torch.randn(100, 2)
-        assert_close(x_before, expected, rtol=1e-4, atol=1e-4)
+        assert_close(x_prev, expected, rtol=1e-4, atol=1e-4)
 
 
 @both_targets
@@ -155,11 +154,11 @@ def test_network(D):
     torch.manual_seed(0)
     model = main.MLP(D, 16, 2, 8, 200)
     x_t = torch.randn(3, D)
-    t = torch.tensor([0, 7, 199])
+    t = torch.tensor([1, 8, 200])
     inputs = [x_t]
     if D == 2:
         inputs = [*waves(x_t[:, 0], 25.0), *waves(x_t[:, 1], 25.0)]
-    inputs += waves(t, 5.0)  # of 200 steps, t is embedded as 5 t of 1000
+    inputs += waves(t - 1, 5.0)  # of 200 steps, t is embedded as 5 (t - 1) of 1000
     first, *hidden, last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     h = F.silu(first(torch.cat(inputs, dim=1)))
     for layer in hidden:
@@ -232,7 +231,7 @@ def test_animation(monkeypatch):
     states = {}
 
     def network(x_t, t):
-        states[t[0].item() + 1] = x_t
+        states[t[0].item()] = x_t
         return x_t / 2
 
     monkeypatch.setattr(main, "draw", lambda title, x, colour, data: x)
@@ -240,14 +239,14 @@ def test_animation(monkeypatch):
     config = SimpleNamespace(predict="x_0", limit=0.5, examples=x_0, dim=2)
     states[0], frames, times = main.animate(network, main.make_schedule(20), config, 30, every=3)
     assert_close(states[0], (states[1] / 2).clamp(-0.5, 0.5))  # the last guess, without noise
-    signal = np.sqrt(np.append(1.0, exact_schedule(20)[1]))  # by the number of noise steps
+    signal = np.sqrt(exact_schedule(20)[1])
     noise_std = np.sqrt(1 - signal**2)
     eps = (frames[7] - signal[20] * x_0) / noise_std[20]  # must be the same in all frames
     assert eps.std().item() == pytest.approx(1, rel=0.1)
-    for k, count in enumerate([0, 3, 6, 9, 12, 15, 18, 20]):
-        x_t = signal[count] * x_0 + noise_std[count] * eps
+    for k, t in enumerate([0, 3, 6, 9, 12, 15, 18, 20]):
+        x_t = signal[t] * x_0 + noise_std[t] * eps
         assert_close(frames[k], x_t, rtol=0, atol=1e-3)
-        assert torch.equal(frames[15 - k], states[count])
+        assert torch.equal(frames[15 - k], states[t])
     assert times == [250, 250, *[50] * 12, 250, 3000]
 
 
