@@ -176,7 +176,7 @@ class Model(nn.Module):
 
     From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
     for all D, turns a number and its features into 10 outputs y_j for z, or for z_mu and z_sigma.
-    Deviation: the paper has radial basis functions for points and sigmoids for bits instead.
+    Deviation: for points, the paper has radial basis functions; for bits, sigmoids; no bumps.
     """
 
     def __init__(self, process, D, H, features=4):
@@ -191,7 +191,7 @@ class Model(nn.Module):
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
         # The mixture: g_j(t), eq. 63, a table (T, 10). Ten bumps that sum to 1, spaced evenly in
-        # log-odds. For Gaussians, that is evenly in t, as in the paper; for bits, a deviation.
+        # log-odds. For Gaussians, that is evenly in t, as the bumps that the paper has for images.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))

@@ -2,7 +2,7 @@
 
 python main.py
 python tests/figures.py               a minute after that; into images/
-python tests/figures.py experiments   trains the heart 13 times with something changed, and draws it
+python tests/figures.py experiments   trains the heart 15 times with something changed, and draws it
 """
 
 import gzip
@@ -168,6 +168,8 @@ EXPERIMENTS = [
     ("raw coordinates", "", RAW),
     ("predict x_0", "--predict x_0", {}),
     ("beta for beta tilde", "", BETA),
+    ("no fresh noise", "", {"return mean + sigma * torch.randn_like(x_t)": "return mean"}),
+    ("the network not told t", "", {"sinusoidal_embedding(t - 1,": "sinusoidal_embedding(0 * t,"}),
     ("width 16", "--hidden_size 16", {}),
     ("width 32", "--hidden_size 32", {}),
     ("learning rate 0.005", "--learning_rate 5e-3", {}),
@@ -193,8 +195,6 @@ def experiments(folder):
         axes.scatter(*np.load(out / "samples.npy")[:1000].T, s=2, color=ORANGE, linewidths=0)
         axes.set(xlim=(-5, 5), ylim=(-5, 5), **NO_TICKS)
         axes.set_title(f"{title}\n{distance:.4f}", fontsize=11)
-    for axes in panels.flat[len(EXPERIMENTS) :]:
-        axes.axis("off")
     save(figure, "experiments")
 
 

@@ -8,7 +8,7 @@ The bound is the paper's eq. 5, with the variances beta_tilde of eq. 7:
 
 The network knows each digit's true label, which would cost 0.004 bits per dimension more. The bound
 is far above the best that is known: the price of L_simple, which weighs small t less than the bound
-does, and of fixed variances. Improved DDPM (arXiv 2102.09672) and VDM (arXiv 2107.00630) removed it.
+does, and of fixed variances. Improved DDPM (2102.09672) and VDM (2107.00630) removed it.
 
 Images are (B, 1, H, W), in -1..1.
 """
@@ -98,7 +98,7 @@ def bound(net, alpha_bars, x_0, labels, terms):
 
 
 def load_net(path):
-    """Return the averaged network of a checkpoint, in float32, and its alpha_bars (T,)."""
+    """Return the averaged network of a checkpoint, in float32, and its alpha_bars (T + 1,)."""
     state = ddpm_unet.load_checkpoint(path, "cpu")
     net = ddpm_unet.UNet(**{name: state["options"][name] for name in ddpm_unet.MODEL})
     net.load_state_dict(state["ema"])
