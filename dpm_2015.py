@@ -270,7 +270,7 @@ def draw(title, x, colour="C1"):
         axes.scatter(*x[:1000].T.cpu(), s=6, color=colour, linewidths=0)
     elif x.shape[1] == 784:
         rows = x[:25].view(5, 5, 28, 28).transpose(1, 2)
-        axes.imshow(rows.reshape(140, 140).cpu(), cmap="gray", vmin=-0.4, vmax=2.8)
+        axes.imshow(rows.reshape(140, 140).cpu().numpy(), cmap="gray", vmin=-0.4, vmax=2.8)
     else:
         axes.pcolormesh(x[:12].cpu(), cmap="Blues", edgecolors="lightgrey", linewidth=1)
     pixels, (width, height) = FigureCanvasAgg(figure).print_to_buffer()

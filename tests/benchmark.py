@@ -16,21 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from figures import exact_eps
 
-import ddpm_unet
 import dpm_2015
 import main
-
-
-def median_seconds(work):
-    """Return the median time of work(), repeated for 10 seconds or more."""
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=10).median
 
 
 def whole_runs(script, runs, *options):
@@ -99,30 +91,6 @@ def dpm():
     yield "as many random points of the swiss roll", spread(real, 4)
 
 
-def unet():
-    """Yield rows about the speed of ddpm_unet.py on MNIST, in training and in sampling."""
-    args, _ = ddpm_unet.parse_options(["--device", "cpu"])
-    torch.manual_seed(0)
-    net = ddpm_unet.UNet(1, 10, args.num_timesteps, args.base_channels, args.channel_mults)
-    optimizer = torch.optim.Adam(net.parameters())
-    alpha_bars = ddpm_unet.make_schedule(args.num_timesteps)
-    B = args.train_batch_size
-    x_0 = torch.randn(B, 1, 28, 28)
-    labels = torch.randint(10, (B,))
-
-    def step():
-        optimizer.zero_grad()
-        ddpm_unet.loss_simple(net, alpha_bars.float(), x_0, labels, net.no_label).backward()
-        optimizer.step()
-
-    yield f"U-Net, training, batches of {B}", f"{B / median_seconds(step):.0f} images/s"
-    x_T = torch.randn(100, 1, 28, 28)
-    labels = torch.arange(100) % 10
-    chain = (net, alpha_bars, 50, x_T, labels, 0, "ddim")  # guidance 0
-    seconds = median_seconds(lambda: list(ddpm_unet.p_sample_loop(*chain)))
-    yield "U-Net, 100 digits in 50 steps", f"{seconds:.1f} s"
-
-
 def parzen(samples, digits, sigma):
     """Return the mean log2 likelihood of digits (M, D) in the mean of N(x, sigma^2 I) over x."""
     distances = torch.cat([torch.cdist(part, samples).square() for part in digits.split(500)])
@@ -149,7 +117,7 @@ if __name__ == "__main__":
     machine = platform.processor() or platform.machine()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"{machine}, {torch.get_num_threads()} threads, {versions}\n")
-    print("| what | mean and range, or median |\n| --- | --- |", flush=True)
-    for part in (unet, heart, dpm):
+    print("| what | mean and range |\n| --- | --- |", flush=True)
+    for part in (heart, dpm):
         for what, figure in part():
             print(f"| {what} | {figure} |", flush=True)

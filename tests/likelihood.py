@@ -80,8 +80,7 @@ def decoder_floor(x_0, std):
 def bound(net, alpha_bars, x_0, labels, terms):
     """Return bits per dimension (B, 3) of x_0 (B, 1, H, W): L_T, L_1 + ... + L_{T-1}, and L_0.
 
-    Of the sum, each image takes so many terms, evenly spread from a random t on. As each t is
-    equally likely, T - 1 times their mean has the right expectation. labels is (B,).
+    Of the sum, each image takes so many terms, evenly spread from a random t on.
     """
     last = alpha_bars[-1].item()
     L_T = (last * (x_0**2 - 1) - math.log(1 - last)) / 2  # KL(q(x_T | x_0) || N(0, I))

@@ -63,8 +63,7 @@ def test_loss_is_algorithm_1():
     assert_close(loss, (0.3 * x_t - eps).square().mean())
     covariance = eps.flatten(1).T.cov()  # of the two pixels
     assert_close(covariance, torch.eye(2).double(), rtol=0, atol=0.03)
-    assert t.bincount(minlength=11)[1:].min() > 1800  # all t are as likely
-    assert (t.min(), t.max()) == (1, 10)
+    assert (t.bincount() > 1800).tolist() == [False] + 10 * [True]  # all t are as likely
     dropped = labels == 7
     assert dropped.double().mean() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(labels[~dropped], given[~dropped])

@@ -1,18 +1,14 @@
-"""Tests of main.py.
+"""Tests of main.py: its mathematics against the paper's equations and Bayes' rule on a grid.
 
-The mathematics is compared with closed forms, with Bayes' rule on a grid, with Algorithms 1 and 2
-as the paper prints them, and with the best network, which is known if the data are a few points.
-Training and animation are watched step by step. Then the script runs as a user runs it, only
-smaller: on each kind of data, from a checkpoint, with Ctrl-C, as a notebook, and on bad input.
+Training and animation are watched step by step. Then the script runs whole, only smaller.
 """
 
 import inspect
 import json
 import re
-import signal
 import sys
-from subprocess import PIPE, Popen
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -49,8 +45,7 @@ def best_network(T, data, predict):
         distances = (x_t[:, None] - signal[:, None] * data).square().sum(dim=2)  # (B, N)
         probabilities = (-distances / (2 * noise_std**2)).softmax(dim=1)  # Bayes' rule
         x_0 = probabilities @ data
-        eps = (x_t - signal * x_0) / noise_std
-        return {"eps": eps, "x_0": x_0}[predict]
+        return x_0 if predict == "x_0" else (x_t - signal * x_0) / noise_std
 
     return network
 
@@ -67,7 +62,6 @@ def test_schedule(T):
     assert_allclose(schedule.betas, betas, rtol=1e-6)
     assert_allclose(schedule.signal, means, rtol=1e-6)
     assert_allclose(schedule.noise_std**2, variances, rtol=1e-6)
-    assert schedule.signal[-1] < 0.01  # almost only noise is left
 
 
 @both_targets
@@ -104,8 +98,7 @@ def test_p_sample_is_bayes_rule(monkeypatch, predict, t, predicted):
     grid = np.arange(-8, 8, 2e-4)
     from_start = (grid - np.sqrt(alpha_bar) * np.clip(predicted, -1.5, 1.5)) ** 2 / (1 - alpha_bar)
     one_step = (-0.4 - np.sqrt(1 - beta) * grid) ** 2 / beta
-    energy = (from_start + one_step) / 2
-    weights = np.exp(energy.min() - energy)
+    weights = np.exp(-(from_start + one_step) / 2)
     mean = np.average(grid, weights=weights)
     variance = np.average((grid - mean) ** 2, weights=weights)
     assert found[0].item() == pytest.approx(mean, abs=1e-4)
@@ -155,9 +148,7 @@ def test_network(D):
     model = main.MLP(D, 16, 2, 8, 200)
     x_t = torch.randn(3, D)
     t = torch.tensor([1, 8, 200])
-    inputs = [x_t]
-    if D == 2:
-        inputs = [*waves(x_t[:, 0], 25.0), *waves(x_t[:, 1], 25.0)]
+    inputs = [*waves(x_t[:, 0], 25.0), *waves(x_t[:, 1], 25.0)] if D == 2 else [x_t]
     inputs += waves(t - 1, 5.0)  # of 200 steps, t is embedded as 5 (t - 1) of 1000
     first, *hidden, last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     h = F.silu(first(torch.cat(inputs, dim=1)))
@@ -173,14 +164,12 @@ def test_heart_and_swiss_roll():
     assert_allclose(main.heart().T, [16 / 5 * np.sin(u) ** 3, y / 5], atol=1e-4)
     u = np.linspace(1.5 * np.pi, 4.5 * np.pi, 8000)
     noise = main.swiss_roll().T.numpy() - [u * np.cos(u) / 10, u * np.sin(u) / 10]
-    assert_allclose(noise.std(axis=1), 0.01, atol=5e-4)
-    assert_allclose(noise.mean(axis=1), 0, atol=6e-4)
+    assert_allclose((noise**2).mean(axis=1), 0.01**2, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", ["heart", "swiss_roll"])
-def test_standardised_points(name):
+def test_standardised_points():
     """Mean 0, and variance 1 on average. One scale for both coordinates keeps the shape."""
-    data = main.load_data(name, "no folder")
+    data = main.load_data("swiss_roll", "no folder")
     x_0, shift, scale = main.standardise(data)
     assert x_0.mean(dim=0).abs().max() < 1e-4
     assert x_0.var(dim=0).mean().item() == pytest.approx(1, rel=1e-4)
@@ -188,28 +177,19 @@ def test_standardised_points(name):
     assert_close(x_0 * scale + shift, data, rtol=1e-4, atol=1e-4)
 
 
-def test_energy_distance():
-    """Between 0 and 2 on one side, 1 on the other: 2 * 1 - 1 - 0, by hand."""
-    a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0]])
-    assert main.energy_distance(a, b) == main.energy_distance(b, a) == 1
-
-
 def test_training(monkeypatch):
     """The learning rate rises and falls, gradients are clipped, an epoch uses each example once."""
     batches = []
     steps = []  # the learning rate, and the length of the gradient
-    loss_simple = main.loss_simple
-    adam_step = torch.optim.Adam.step
 
     def watched_loss(model, schedule, batch, predict):
         batches.append(batch[:, 0])
-        return 1000 * loss_simple(model, schedule, batch, predict)  # makes all gradients large
+        return 1000 * model(batch, torch.ones(len(batch))).square().mean()  # a large gradient
 
     def watched_step(optimizer):
         group = optimizer.param_groups[0]
         gradients = [parameter.grad for parameter in group["params"]]
         steps.append((group["lr"], torch.nn.utils.get_total_norm(gradients)))
-        adam_step(optimizer)
 
     monkeypatch.setattr(main, "loss_simple", watched_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
@@ -265,15 +245,15 @@ def heart_dir(tmp_path_factory):
 
 
 def test_training_run(heart_dir):
-    """Its files, and the score in run.json against the samples, in units of the data."""
+    """Its files, and the energy distance in run.json against its definition."""
     names = {"model.pt", "training.gif", "process.gif", "samples.png", "samples.npy", "run.json"}
     assert set(content(heart_dir)) == names
     assert gif_milliseconds(heart_dir / "process.gif") == [250, 50, 50, 3000]
-    assert gif_milliseconds(heart_dir / "training.gif") == [400, 2400]
     facts = json.loads((heart_dir / "run.json").read_text())
-    samples = torch.from_numpy(np.load(heart_dir / "samples.npy"))
     heart, shift, scale = main.standardise(main.heart())
-    distance = main.energy_distance((samples - shift) / scale, heart)
+    x = (torch.from_numpy(np.load(heart_dir / "samples.npy")) - shift) / scale
+    distance = (2 * torch.cdist(x, heart).mean() - torch.cdist(x, x).mean()).item()
+    distance -= torch.cdist(heart, heart).mean().item()
     assert facts["energy distance"] == pytest.approx(distance, rel=1e-3)
     assert 0 < facts["energy distance of real data"] < distance
     assert torch.load(heart_dir / "model.pt")["config"]["limit"] == heart.abs().max()
@@ -283,13 +263,13 @@ def test_sampling_from_a_checkpoint(heart_dir, tmp_path, monkeypatch):
     """The same seed gives the same samples, another seed others. The training stays untouched."""
     before = content(heart_dir)
     monkeypatch.chdir(tmp_path)
-    options = ["--num_samples", 50, "--device", "cpu"]
-    run_script("main.py", "--checkpoint", heart_dir / "model.pt", *options)
+    options = ["--checkpoint", heart_dir / "model.pt", "--num_samples", 50, "--device", "cpu"]
+    run_script("main.py", *options)
     after = content(tmp_path / "outputs/heart_samples")
     assert set(after) == {"process.gif", "samples.png", "samples.npy", "run.json"}
     assert after["samples.npy"] == before["samples.npy"]
-    samples_of(tmp_path / "other", "--eval_path", heart_dir / "model.pt", "--seed", 1)
-    assert content(tmp_path / "other")["samples.npy"] != before["samples.npy"]
+    other = samples_of(tmp_path / "other", *options, "--seed", 1)
+    assert not np.array_equal(other, np.load(heart_dir / "samples.npy"))
     assert content(heart_dir) == before
 
 
@@ -303,40 +283,27 @@ def test_own_points_and_seeds(tmp_path, monkeypatch):
     npy = samples_of(tmp_path / "npy", "--dataset", "points.npy", "--seed", 3)
     assert np.array_equal(csv, npy)
     assert_allclose(csv.mean(axis=0), (50, -30), atol=9)  # in units of the file
-    earlier = (tmp_path / "npy/model.pt").read_bytes()
     samples_of(tmp_path / "npy", "--dataset", "points.npy", "--seed", 4)
-    assert (tmp_path / "npy/model.old.pt").read_bytes() == earlier
-    old = torch.load("npy/model.old.pt")["weights"]
-    new = torch.load("npy/model.pt")["weights"]
+    old, new = (torch.load(path)["weights"] for path in tmp_path.glob("npy/model*.pt"))
     assert not torch.equal(old["first.weight"], new["first.weight"])
 
 
 def test_digits(mnist_dir, tmp_path):
-    """Training sees the digits of the files as -1 (black) to 1; samples are grey levels again."""
+    """Training sees levels of -1 (black) to 1, samples are grey levels; and the defaults."""
     x_0, _, _ = main.standardise(main.load_data("mnist", mnist_dir))
     assert_close(x_0, digits("train")[0].flatten(1) / 127.5 - 1)
     samples = samples_of(tmp_path, "--dataset", "mnist", "--data_dir", mnist_dir)
     assert (samples.shape, samples.dtype) == ((50, 28, 28), np.uint8)
     assert samples.max() > 200
+    options = main.parse_options(["--dataset", "mnist", "--hidden_layers", "5"])
+    assert (options.predict, options.hidden_size, options.hidden_layers) == ("x_0", 768, 5)
 
 
-def test_ctrl_c_ends_the_training(tmp_path):
-    """Ctrl-C, sent to a process that would train for hours. The samples follow."""
-    options = [*TINY.split(), "--num_epochs", "10000", "--output_dir", tmp_path]
-    command = [sys.executable, main.__file__, *options]
-    # A process inherits an ignored Ctrl-C: pytest has one if a shell script runs it with "&".
-    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = Popen(command, stdout=PIPE, stderr=PIPE, text=True)
-    signal.signal(signal.SIGINT, earlier)
-    try:
-        assert any("loss=" in line for line in process.stderr)  # the progress bar moves
-        process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    assert "ends early" in printed
-    assert np.load(tmp_path / "samples.npy").shape == (50, 2)
+def test_ctrl_c_ends_the_training(tmp_path, monkeypatch, capsys):
+    """What Ctrl-C raises, in the first step of training. The samples follow."""
+    monkeypatch.setattr(torch.optim.Adam, "step", Mock(side_effect=KeyboardInterrupt))
+    assert samples_of(tmp_path).shape == (50, 2)
+    assert "ends early" in capsys.readouterr().out
 
 
 def test_as_a_notebook(tmp_path, monkeypatch):
@@ -353,43 +320,26 @@ def test_as_a_notebook(tmp_path, monkeypatch):
     assert np.load("outputs/heart/samples.npy").shape == (2000, 2)
 
 
-def test_options_of_digits():
-    """The first command of this project, word for word, and the defaults for digits."""
-    command = """--learning_rate 1e-3 --dataset mnist --train_batch_size 128 --eval_batch_size 10
-        --num_epochs 200 --num_timesteps 1000 --embedding_size 100 --hidden_size 2048
-        --hidden_layers 5 --show_image_step 50"""
-    first = main.parse_options(command.split())
-    assert (first.learning_rate, first.eval_batch_size, first.hidden_size) == (0.001, 10, 2048)
-    digits = main.parse_options(["--dataset", "mnist"])
-    assert (digits.predict, digits.hidden_size, digits.num_epochs) == ("x_0", 768, 34)
-
-
-NUMBERS = "num_timesteps embedding_size hidden_size hidden_layers train_batch_size num_epochs "
-NUMBERS += "learning_rate eval_batch_size show_image_step"
 BAD_FILES = {
     "letters.csv": "a,b\n" * 100,
-    "letters.npy": "a,b\n" * 100,
     "columns.csv": "1,2,3\n" * 100 + "3,2,1\n",
     "few.csv": "1,2\n" + "2,1\n" * 98,
     "same.csv": "1,2\n" * 100,
     "nan.csv": "1,2\n" * 100 + "nan,1\n",
 }
-BAD = [f"--dataset {name}" for name in [*BAD_FILES, "spiral", "mnist", "missing.csv"]]
+BAD = [f"--dataset {name}" for name in [*BAD_FILES, "mnist", "missing.npy"]]
 BAD += [f"--checkpoint {name}.pt" for name in BAD_CHECKPOINTS]
-BAD += [f"--{name} 0" for name in NUMBERS.split()]
-BAD += ["--num_epochs 1000002", "--learning_rate nan", "--embedding_size 7", "--seed many"]
-BAD += ["--predict v", "--colour red", "--output_dir file"]
+BAD += ["--num_epochs 0", "--num_epochs 10001", "--learning_rate nan", "--predict v"]
+BAD += ["--embedding_size 7", "--output_dir file"]
 
 
 @pytest.mark.parametrize("options", BAD)
 def test_bad_input(options, heart_dir, tmp_path, capsys):
-    """One line names what is wrong, and nothing is written."""
+    """One line names the option or its value, and nothing is written."""
     write_bad_checkpoints(tmp_path, heart_dir / "model.pt", "weights")
     for name, text in BAD_FILES.items():
         (tmp_path / name).write_text(text)
     flag, value = options.split()
     line = error_of("main.py", [*TINY.split(), flag, value], tmp_path, capsys)
-    named = value if flag in ("--checkpoint", "--output_dir") else flag
-    assert named in line
-    if options == "--dataset mnist":  # how to go on without network
-        assert "{train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw" in line
+    assert flag in line or value in line
+    assert not (tmp_path / "pwned").exists()  # made by code in evil.pt
