@@ -329,7 +329,7 @@ BAD_FILES = {
 }
 BAD = [f"--dataset {name}" for name in [*BAD_FILES, "mnist", "missing.npy"]]
 BAD += [f"--checkpoint {name}.pt" for name in BAD_CHECKPOINTS]
-BAD += ["--num_epochs 0", "--num_epochs 10001", "--learning_rate nan", "--predict v"]
+BAD += ["--num_epochs 0", "--num_epochs 10001", "--learning_rate nan", "--predict noise"]
 BAD += ["--embedding_size 7", "--output_dir file"]
 
 
