@@ -317,7 +317,7 @@ def parse_options(argv):
     flag("--base_channels", type=int, default=24, choices=[8, 16, 24, 32, 64, 128], help="width")
     flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
     flag("--train_batch_size", "-b", type=int, default=32, help="images in a training step")
-    flag("--num_epochs", "-e", type=int, default=5, help="training time, in sizes of the data set")
+    flag("--num_epochs", "-e", type=int, default=5, help="passes over the data, on average")
     flag("--learning_rate", "-l", type=float, default=1e-3, help="of Adam")
     flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")

@@ -326,7 +326,7 @@ def parse_options(argv):
     flag("--dataset", default="heart", help=CHOICES)
     flag("--num_timesteps", type=int, default=200, help="number of diffusion steps T")
     flag("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
-    flag("--embedding_size", type=int, default=32, choices=[8, 16, 32, 64, 100, 128], help="waves")
+    flag("--embedding_size", type=int, default=32, choices=[8, 32, 64, 100], help="sines, cosines")
     flag("--hidden_size", type=int, default=96, help="width of the network")
     flag("--hidden_layers", type=int, default=2, help="residual blocks")
     flag("--train_batch_size", type=int, default=1000, help="examples in a training step")
@@ -368,7 +368,7 @@ def main(argv=None):
     out = Path(args.output_dir or f"outputs/{name}")
     out.mkdir(parents=True, exist_ok=True)
     if config.dim == 2:
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would be slower for points
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # in a small network, threads wait
     if args.checkpoint is None:
         frames = train(model, schedule, x_0, config)
         save_checkpoint(out / "model.pt", model, config)
