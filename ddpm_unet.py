@@ -13,6 +13,7 @@ x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixel
 Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 """
 
+import io
 import json
 import os
 import signal
@@ -238,9 +239,8 @@ def train(net, ema, images, labels, options, path, state):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         decay = min(0.9995, (1 + step) / (10 + step))  # a short memory at the beginning
-        with torch.no_grad():
-            for average, weight in zip(ema.parameters(), net.parameters()):
-                average.lerp_(weight, 1 - decay)
+        for average, weight in zip(ema.parameters(), net.parameters()):
+            average.lerp_(weight.detach(), 1 - decay)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         stop = torch.tensor(len(SIGNALS), device="cpu")  # a tensor, so that processes can add it up
         if WORLD_SIZE > 1:
@@ -289,12 +289,12 @@ MODEL = ["channels", "num_classes", "num_timesteps", "base_channels", "channel_m
 TRAINING = ["dataset", "image_size", "train_batch_size", "num_epochs", "learning_rate", "seed"]
 
 
-def save_checkpoint(path, content):
+def save_checkpoint(path, state):
     """Save under another name, then rename, so that model.pt is always complete."""
-    temporary = path.with_suffix(".part")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-    temporary.replace(path)
+    content = io.BytesIO()
+    torch.save(state, content)
+    path.with_suffix(".part").write_bytes(content.getvalue())
+    path.with_suffix(".part").replace(path)
 
 
 def load_checkpoint(path, device):

@@ -11,6 +11,7 @@ Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 x is (B, D): B examples of D numbers or bits. t is one number, or (B, 1): one for each example.
 """
 
+import io
 import json
 import math
 import sys
@@ -63,10 +64,10 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
-# 1. q is reversible: prior(a) q(b | a) = prior(b) q(a | b). The prior p(x_T) is pure noise.
-# 2. If x_{t-1} were from the prior, the step back would thus be a step of q, by Bayes' rule.
-# 3. As x_{t-1} comes from data, z, the network's output, corrects the mean and the variance of that
-#    step (bits: the log-odds). If steps are small, the true step back is nearly of this form.
+# 1. The prior p(x_T) is pure noise, and q is reversible: prior(a) q(b | a) = prior(b) q(a | b).
+# 2. So if x_{t-1} were from the prior, the step back would be one more step of q, by Bayes' rule.
+# 3. It is from data. So the network's output z corrects mean and variance of that step (bits: its
+#    log-odds). If steps are small, the true step back is nearly of this form.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -150,8 +151,7 @@ def bound(model, x_0):
     t = 1:   we choose a step of q for p(x_0 | x_1) (eq. 44). As q is reversible, p(x_0 | x_1)
              divided by q(x_1 | x_0) is prior(x_0) / prior(x_1), whose log is 0 on average.
     t >= 2:  by Bayes' rule, q(x_t | x_{t-1}) is the posterior q(x_{t-1} | x_t, x_0), times
-             q(x_t | x_0) / q(x_{t-1} | x_0). The product of these fractions over t = 2..T is
-             q(x_T | x_0) / q(x_1 | x_0).
+             q(x_t | x_0) / q(x_{t-1} | x_0). All these together are q(x_T | x_0) / q(x_1 | x_0).
     So the right side, on average over data, is
     K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
         + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
@@ -207,7 +207,6 @@ class Model(nn.Module):
 
 
 # %% 5. Sampling and inpainting
-@torch.no_grad()
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws x (B, D) from the prior into data. Yield (t, x) for t = T, ..., 0.
 
@@ -254,8 +253,9 @@ def train(model, rows, options, path, state):
             if not K.isfinite().all():
                 sys.exit("dpm_2015.py: error: K is not finite: lower --learning_rate")
             weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            with open(path.with_suffix(".part"), "wb") as file:
-                torch.save({"options": options, "step": step + 1, **weights}, file)
+            content = io.BytesIO()
+            torch.save({"options": options, "step": step + 1, **weights}, content)
+            path.with_suffix(".part").write_bytes(content.getvalue())
             path.with_suffix(".part").replace(path)  # so that model.pt is always complete
 
 

@@ -11,6 +11,7 @@ One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. 
 Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 """
 
+import io
 import json
 import sys
 from argparse import ArgumentParser
@@ -59,19 +60,19 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    where noise and eps are from N(0, I). Noises add up to noise, and variances add. In each step,
-        signal**2           becomes    (1 - beta_t) * signal**2
-        noise_std**2        becomes    (1 - beta_t) * noise_std**2 + beta_t
-        1 - noise_std**2    becomes    (1 - beta_t) * (1 - noise_std**2)
-    The first and the last begin at 1, so they stay equal. Their value, the product of all 1 - beta
-    so far, is called alpha_bar (in other code, alphas_cumprod).
+    where noise and eps are from N(0, I): noises add up to noise. signal**2 is the product of all
+    1 - beta so far, called alpha_bar. As variances add, a step turns noise_std**2 into
+    (1 - beta_t) * noise_std**2 + beta_t. So signal**2 + noise_std**2 stays 1, as it is at t = 0.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is near exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     betas = np.append(0, betas)  # for t = 0: x_0 has no noise
-    alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
-    tables = {"betas": betas, "signal": np.sqrt(alpha_bars), "noise_std": np.sqrt(1 - alpha_bars)}
-    return SimpleNamespace(T=T, **{name: torch.tensor(np.float32(x)) for name, x in tables.items()})
+    alpha_bars = np.cumprod(1 - betas)  # alphas_cumprod; in float64: 1 - alpha_bar can be tiny
+    schedule = SimpleNamespace(T=T)
+    schedule.betas = torch.tensor(np.float32(betas))
+    schedule.signal = torch.tensor(np.float32(np.sqrt(alpha_bars)))
+    schedule.noise_std = torch.tensor(np.float32(np.sqrt(1 - alpha_bars)))
+    return schedule
 
 
 # %% 3. Forward process
@@ -118,11 +119,10 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many pairs of x_0 and eps lead to the same x_t, so the network cannot know eps. The squared
-    error is least if it answers with the average of all these eps, in which likely ones count more.
-    For eps, this is L_simple (eq. 14): the paper's bound on -log p(x_0), without the factor that
-    each t has there (eq. 12). Digits use x_0: to guess eps, an MLP would have to pass on 784
-    unrelated numbers, and a digit is simpler than that.
+    Many pairs of x_0 and eps lead to the same x_t. The squared error is least if the network
+    answers with the average of all these eps, in which likely ones count more. For eps, this is
+    L_simple (eq. 14): the bound on -log p(x_0), without a factor for each t (eq. 12). Digits use
+    x_0, because an MLP learns a digit more easily than 784 unrelated numbers.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -136,10 +136,9 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D).
 
-    If x_0 were known, Bayes' rule would give x_{t-1}: see q_posterior. We only have a guess of x_0,
-    the average of all x_0 that could have led to x_t. The mean of x_{t-1} is linear in x_0, so the
-    average x_0 gives the average of these means, and that is the right mean. The variance is too
-    small, because x_0 is uncertain. If beta_t is small, this error is small: so T is large.
+    Given x_0, Bayes' rule gives x_{t-1}: see q_posterior. We only have a guess, the average of all
+    x_0 that could have led to x_t. It gives the right mean of x_{t-1}, which is linear in x_0, but
+    too small a variance, because x_0 is uncertain. With many small steps, this error is small.
     """
     x_0_hat = guess_x_0(model, schedule, x_t, t, predict, limit)
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
@@ -158,10 +157,10 @@ def guess_x_0(model, schedule, x_t, t, predict, limit):
 def q_posterior(schedule, x_0, x_t, t):
     """Return mean (B, D) and standard deviation of x_{t-1}, given x_0 and x_t (B, D): eq. 6 and 7.
 
-    By Bayes' rule, the density of x_{t-1} is proportional to q(x_{t-1} | x_0), from eq. 4, times
-    q(x_t | x_{t-1}), from eq. 2. Both are bell curves in x_{t-1}, so their product is a bell curve,
-    too: precisions (1 / variance) add, and its mean is the average of the two, so weighted. Its
-    variance is called beta_tilde. The paper also tries beta_t: much larger, but only at small t.
+    By Bayes' rule, the density of x_{t-1} is proportional to q(x_{t-1} | x_0) (eq. 4), times
+    q(x_t | x_{t-1}) (eq. 2). Both are bell curves in x_{t-1}, and so is their product: precisions
+    (1 / variance) add, and the mean is the average of the two means, so weighted. The variance is
+    called beta_tilde. The paper also tries beta_t: much larger, but only at small t.
     """
     beta, noise_std = schedule.betas[t], schedule.noise_std[t]
     signal_prev, noise_std_prev = schedule.signal[t - 1], schedule.noise_std[t - 1]
@@ -185,12 +184,11 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 def train(model, schedule, x_0, config):
     """Train by Algorithm 1 on x_0 (N, D). Return pictures of samples. config: see new_config."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
-    snapshot_epochs = [config.num_epochs * k**2 // 6**2 for k in range(6)]  # of 300: 0, 8, 33, ...
     frames = []
     bar = tqdm(range(config.num_epochs), "training")
     try:
         for epoch in bar:
-            if epoch in snapshot_epochs:
+            if epoch in (0, 3, 10, 30, 100):
                 frames.append(snapshot(f"after {epoch} epochs", model, schedule, config))
             rate = min((epoch + 1) / 5, 1 - epoch / config.num_epochs)  # rises, then falls
             optimizer.param_groups[0]["lr"] = config.learning_rate * rate
@@ -212,7 +210,9 @@ def train(model, schedule, x_0, config):
 def draw(title, x, colour, data):
     """Return a picture (H, W, 3), uint8, of points x (N, 2) over the data, or digits (N, 784)."""
     figure = Figure(figsize=(4, 4.4), dpi=90)
-    axes = figure.add_axes((0, 0, 1, 4 / 4.4), xticks=(), yticks=(), frame_on=False)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 4 / 4.4))  # the rest is for the title
+    axes.set_axis_off()
     axes.set_title(title, fontsize=16)
     if x.shape[1] == 2:
         edge = 1.3 * data.abs().max().item()
@@ -224,8 +224,8 @@ def draw(title, x, colour, data):
 
         grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)
         axes.imshow(grid[0].numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    pixels, (width, height) = FigureCanvasAgg(figure).print_to_buffer()
-    return np.frombuffer(pixels, np.uint8).reshape(height, width, 4)[..., :3]
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def snapshot(title, model, schedule, config):
@@ -239,9 +239,9 @@ def animate(model, schedule, config, num_samples, every):
     """Return new samples x (num_samples, D), the frames of a GIF, and their times."""
     x_0 = config.examples
     steps = [*range(0, schedule.T, every), schedule.T]  # the t to be seen
-    frames = [draw("data", x_0, "tab:blue", x_0)]
     eps = torch.randn_like(x_0)  # the same in all pictures, so that you can follow a point
-    for t in steps[1:]:
+    frames = []
+    for t in steps:
         x_t = q_sample(schedule, x_0, torch.tensor([t]), eps)
         frames.append(draw(f"adding noise: step {t}", x_t, "tab:blue", x_0))
     chain = p_sample_loop(model, schedule, (num_samples, config.dim), config.predict, config.limit)
@@ -298,12 +298,12 @@ def new_config(args):
 
 def save_checkpoint(path, model, config):
     """Save under another name, then rename, so that model.pt is always complete."""
-    temporary = path.with_suffix(".part")
-    with open(temporary, "wb") as file:
-        torch.save({"config": vars(config), "weights": model.state_dict()}, file)
+    content = io.BytesIO()
+    torch.save({"config": vars(config), "weights": model.state_dict()}, content)
+    path.with_suffix(".part").write_bytes(content.getvalue())
     if path.exists():
         path.replace(path.with_name("model.old.pt"))  # of an earlier training
-    temporary.replace(path)
+    path.with_suffix(".part").replace(path)
 
 
 def load_checkpoint(path, device):
@@ -330,7 +330,7 @@ def parse_options(argv):
     flag("--hidden_size", type=int, default=96, help="width of the network")
     flag("--hidden_layers", type=int, default=2, help="residual blocks")
     flag("--train_batch_size", type=int, default=1000, help="examples in a training step")
-    flag("--num_epochs", type=int, default=300, help="passes over the data")
+    flag("--num_epochs", type=int, default=270, help="passes over the data")
     flag("--learning_rate", type=float, default=1e-2, help="its highest value")
     flag("--eval_batch_size", "--num_samples", type=int, default=2000, help="samples to draw")
     flag("--show_image_step", type=int, default=5, help="diffusion steps between two frames")
