@@ -10,7 +10,7 @@ little towards it, and guess again. By default, sampling skips most steps (DDIM,
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
 x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
-Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
+Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise. New tensors are on --device.
 """
 
 import io
@@ -21,7 +21,6 @@ import sys
 import time
 from argparse import ArgumentParser
 from copy import deepcopy
-from itertools import pairwise
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -30,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import distributed, nn
-from torchvision.datasets import MNIST, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import MNIST
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -56,9 +55,10 @@ def load_images(dataset, data_dir, size):
             raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
         return mnist.data[:, None], mnist.targets
     classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
-    files = ImageFolder.make_dataset(dataset, {c: k for k, c in enumerate(classes)}, IMG_EXTENSIONS)
+    numbers = {name: number for number, name in enumerate(classes)}
+    files = make_dataset(dataset, numbers, IMG_EXTENSIONS)  # pairs of path and class number
     images = []
-    for path, _ in tqdm(files, "reading"):  # pairs of path and class number
+    for path, _ in tqdm(files, "reading"):
         try:
             images.append(read_image(path, size))
         except Exception as error:
@@ -84,8 +84,7 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of x_{t-1}, given x_0 and x_t: a Gaussian (eq. 6 and 7)."""
-    # Bayes' rule: its density is proportional to q(x_{t-1} | x_0) q(x_t | x_{t-1}).
+    """Return mean and variance of q(x_{t-1} | x_t, x_0), Gaussian by Bayes' rule (eq. 6 and 7)."""
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -105,13 +104,13 @@ class ResBlock(nn.Module):
     def __init__(self, C_in, C, E):
         super().__init__()
         self.conv_1 = conv(C_in, C)
-        self.temb = nn.Linear(E, C)
+        self.project = nn.Linear(E, C)
         self.conv_2 = conv(C, C)
         self.shortcut = nn.Conv2d(C_in, C, 1)
         nn.init.zeros_(self.conv_2[-1].weight)  # so training starts close to the shortcut
 
     def forward(self, h, temb):
-        y = self.conv_1(h) + self.temb(temb)[:, :, None, None]  # adds one number to each channel
+        y = self.conv_1(h) + self.project(temb)[:, :, None, None]  # adds one number to each channel
         return self.shortcut(h) + self.conv_2(y)
 
 
@@ -124,19 +123,18 @@ class UNet(nn.Module):
         widths = [base_channels * mult for mult in channel_mults]  # from large images to small
         # Fast waves tell close t apart, slow ones distant t. 1000 / T makes every T look like 1000.
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
-        self.temb = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
+        self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.downs = nn.ModuleList()  # if widths are 24, 48, 96: from 24 to 24, from 24 to 48
-        self.ups = nn.ModuleList()  # in reverse: from 96 + 48 (a skip) to 48, from 48 + 24 to 24
-        C_in = widths[0]
-        for C, C_below in pairwise(widths):
+        self.downs = nn.ModuleList()  # for widths 24, 48, 96: from 24 to 24, from 24 to 48
+        self.ups = nn.ModuleList()  # in order of use: from 96 + 48 (a skip) to 48, 48 + 24 to 24
+        inputs = [widths[0], *widths]  # what comes in: 24, 24, 48
+        for C_in, C, C_below in zip(inputs, widths, widths[1:]):  # all but the last width
             self.downs.append(ResBlock(C_in, C, E))
-            self.ups.append(ResBlock(C_below + C, C, E))
-            C_in = C
+            self.ups.insert(0, ResBlock(C_below + C, C, E))
         C = widths[-1]
-        self.middle_1 = ResBlock(C_in, C, E)  # at the bottom: from 48 to 96
+        self.middle_1 = ResBlock(inputs[-2], C, E)  # at the bottom: from 48 to 96
         self.attention = nn.MultiheadAttention(C, num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(C, C, E)
         self.last = conv(widths[0], channels)
@@ -146,7 +144,7 @@ class UNet(nn.Module):
             parts = zip(x_t.split(100), t.split(100), labels.split(100))
             return torch.cat([self(*part) for part in parts])
         angles = (t[:, None] - 1) * self.frequencies  # (B, E / 2)
-        temb = self.temb(torch.cat((angles.sin(), angles.cos()), dim=1))
+        temb = self.time_mlp(torch.cat((angles.sin(), angles.cos()), dim=1))
         temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
         h = self.first(x_t)  # (B, widths[0], H, W)
         skips = []
@@ -159,7 +157,7 @@ class UNet(nn.Module):
         attended, _ = self.attention(pixels, pixels, pixels)
         h = h + attended.mT.reshape(h.shape)
         h = self.middle_2(h, temb)
-        for block in reversed(self.ups):  # the last one first
+        for block in self.ups:
             skip = skips.pop()
             h = F.interpolate(h, skip.shape[2:])  # to the height and width of skip
             h = block(torch.cat((h, skip), dim=1), temb)
@@ -184,7 +182,8 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     steps = [*np.linspace(len(alpha_bars) - 1, 1, num_steps).round().astype(int), 0]  # T to 0
     take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
     for k in range(num_steps):
-        alpha_bar, alpha_bar_prev = alpha_bars[steps[k : k + 2]].tolist()  # prev: nearer to data
+        alpha_bar = alpha_bars[steps[k]].item()
+        alpha_bar_prev = alpha_bars[steps[k + 1]].item()  # of the next step, nearer to the data
         t = torch.full_like(labels, steps[k])
         eps_hat = net(x, t, labels)
         if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6
@@ -230,8 +229,9 @@ def train(net, ema, images, labels, options, path, state):
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
     saved = time.time()
     for step in bar:
-        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # same if resumed
-        indices = torch.randint(len(images), (B // WORLD_SIZE,))
+        # A seed for each step and each process. So a resumed training draws the same numbers.
+        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)
+        indices = torch.randint(len(images), (max(1, B // WORLD_SIZE),))
         x_0 = images[indices] / 127.5 - 1  # from 0..255 to -1..1, as in the paper's section 3.3
         loss = loss_simple(model, alpha_bars, x_0, labels[indices], net.no_label)
         optimizer.zero_grad()
@@ -336,8 +336,6 @@ def parse_options(argv):
     state = {} if path is None else load_checkpoint(path, args.device)
     parser.set_defaults(**state.get("options", {}))  # these include channels and num_classes
     args = parser.parse_args(argv)  # again: what you do not give comes from the checkpoint
-    if state and any(vars(args)[name] != state["options"][name] for name in MODEL):
-        parser.error(f"{path} has another size: leave out --base_channels and the like")
     for name, value in vars(args).items():
         if name not in ("seed", "guidance") and isinstance(value, (int, float)) and not value > 0:
             parser.error(f"--{name} {value}: must be positive")
@@ -368,8 +366,10 @@ def main(argv=None):
     args.label = args.label or [*range(args.num_classes)]
     if min(args.label) < 0 or max(args.label) >= args.num_classes:
         sys.exit(f"ddpm_unet.py: error: --label: choose from 0 to {args.num_classes - 1}")
-    out.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(args, name) for name in MODEL + TRAINING}
+    if state and any(options[name] != state["options"][name] for name in MODEL):
+        sys.exit("ddpm_unet.py: error: model.pt was made with other --base_channels or --dataset")
+    out.mkdir(parents=True, exist_ok=True)
     net = UNet(**{name: options[name] for name in MODEL})
     ema = deepcopy(net).requires_grad_(False)  # an average of the weights, which draws better
     if state:

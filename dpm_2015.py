@@ -65,9 +65,10 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion: in each, q adds noise and p removes it
 # 1. The prior p(x_T) is pure noise, and q is reversible: prior(a) q(b | a) = prior(b) q(a | b).
-# 2. So if x_{t-1} were from the prior, the step back would be one more step of q, by Bayes' rule.
-# 3. It is from data. So the network's output z corrects mean and variance of that step (bits: its
-#    log-odds). If steps are small, the true step back is nearly of this form.
+# 2. So in pure noise, the step back p(x_{t-1} | x_t) would be one more step of q, by Bayes' rule.
+# 3. For noisy data, the network's output z corrects that step: nearly exactly, if steps are small.
+# 4. log prior(x) depends on x^2 alone, whose mean over data and dimensions is 1, as in the prior
+#    (binary data: on x, whose mean is m). q keeps that. So E log prior(x_t) = -H_prior for all t.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -106,13 +107,13 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # authors' code; by eq. 65, z = 0 gives (1 - beta) x
+        mu = step.mean + step.stddev * z_mu  # as in the authors' code, not as in eq. 65
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
 
 class Binomial(nn.Module):
-    """Diffusion of bits. With probability beta_t, a step draws a bit anew from the prior."""
+    """Diffusion of binary data. A step draws each bit anew with probability beta_t."""
 
     sample = staticmethod(Bernoulli.sample)
     z_per_x = 1
@@ -145,17 +146,17 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    Jensen:  log p(x_0) >= E_q log( p(x_T) * product_{t=1}^T p(x_{t-1} | x_t) / q(x_t | x_{t-1}) )
-    p(x_T):  log prior(x) depends only on x^2 (bits: x), whose mean over data and dimensions is 1
-             (bits: m) for x_0, all x_t and the prior. So E log prior(x_t) = -H_p for every t.
-    t = 1:   we choose a step of q for p(x_0 | x_1) (eq. 44). As q is reversible, p(x_0 | x_1)
-             divided by q(x_1 | x_0) is prior(x_0) / prior(x_1), whose log is 0 on average.
-    t >= 2:  by Bayes' rule, q(x_t | x_{t-1}) is the posterior q(x_{t-1} | x_t, x_0), times
-             q(x_t | x_0) / q(x_{t-1} | x_0). All these together are q(x_T | x_0) / q(x_1 | x_0).
-    So the right side, on average over data, is
-    K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
-        + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_p(x_T)
-    If z = 0, every t is like t = 1, most priors cancel, and K is L_null, the mean log prior(x_0).
+    By Jensen's inequality, log p(x_0) is at least the mean over q of
+        log p(x_T) + sum_{t=1}^T [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ].
+    First, log p(x_T) has the mean -H_prior: fact 4 of section 2.
+    t = 1: we choose a step of q for p(x_0 | x_1) (eq. 44). By facts 1 and 4, its mean is 0.
+    t >= 2: by Bayes' rule, log q(x_t | x_{t-1}) in the bracket is
+        log q(x_{t-1} | x_t, x_0) + log q(x_t | x_0) - log q(x_{t-1} | x_0).
+    Its first part and p make a KL. Of the others, -log q(x_T | x_0) + log q(x_1 | x_0) is left in
+    the sum over t, with a difference of entropies as mean. So on average over data, the bound is
+        K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
+            + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior.
+    If z = 0, a bracket is log prior(x_{t-1}) - log prior(x_t), and K = L_null = E log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -165,7 +166,7 @@ def bound(model, x_0):
     kl = kl_divergence(posterior, p).sum(dim=1)
     H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H_q(x_T | x_0)
     H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H_q(x_1 | x_0)
-    H_prior = x_0.shape[1] * process.prior.entropy()  # H_p(x_T)
+    H_prior = x_0.shape[1] * process.prior.entropy()  # in eq. 14, H_p(x_T)
     K = -(process.T - 1) * kl + H_end - H_start - H_prior  # one random t stands for all T - 1
     return K / math.log(2), t
 
@@ -176,7 +177,7 @@ class Model(nn.Module):
 
     From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
     for all D, turns a number and its features into 10 outputs y_j for z, or for z_mu and z_sigma.
-    Deviation: for points, the paper has radial basis functions; for bits, sigmoids; no bumps.
+    Deviation: for points, the paper has radial basis functions; for binary data, sigmoids.
     """
 
     def __init__(self, process, D, H, features=4):
@@ -190,8 +191,7 @@ class Model(nn.Module):
         self.read_out = nn.Linear(4 * features, 10 * process.z_per_x)
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
-        # The mixture: g_j(t), eq. 63, a table (T, 10). Ten bumps that sum to 1, spaced evenly in
-        # log-odds. For Gaussians, that is evenly in t, as the bumps that the paper has for images.
+        # g_j(t), eq. 63: a table (T, 10) of bumps that sum to 1, evenly spaced in log_odds.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
@@ -210,9 +210,9 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws x (B, D) from the prior into data. Yield (t, x) for t = T, ..., 0.
 
-    Inpainting: x ends as x_0 (B, D) where known (D,) is true. In the paper (2.5), that part is x_0
-    all the time; here it is as noisy as the rest, and each step is taken several times, so that the
-    rest can adapt: RePaint, arXiv 2201.09865, Algorithm 1. For samples, known is all false.
+    Inpainting: x ends as x_0 (B, D) where known (D,) is true; for samples, that is nowhere. In the
+    paper (2.5), the known part is x_0 all the time. Here it is as noisy as the rest, and each step
+    is taken several times, so that the rest can adapt: RePaint, arXiv 2201.09865, Algorithm 1.
     """
     process = model.process
     x = process.prior.sample(x_0.shape)

@@ -14,9 +14,8 @@ Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 import io
 import json
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -60,15 +59,15 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    where noise and eps are from N(0, I): noises add up to noise. signal**2 is the product of all
-    1 - beta so far, called alpha_bar. As variances add, a step turns noise_std**2 into
-    (1 - beta_t) * noise_std**2 + beta_t. So signal**2 + noise_std**2 stays 1, as it is at t = 0.
+    where noise and eps are from N(0, I). A step multiplies signal**2 and noise_std**2, the variance
+    of the noise, by 1 - beta_t, and adds beta_t to the latter. So their sum stays 1, as for t = 0.
+    signal**2, the product of all 1 - beta so far, is called alpha_bar (elsewhere: alphas_cumprod).
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is near exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     betas = np.append(0, betas)  # for t = 0: x_0 has no noise
-    alpha_bars = np.cumprod(1 - betas)  # alphas_cumprod; in float64: 1 - alpha_bar can be tiny
-    schedule = SimpleNamespace(T=T)
+    alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
+    schedule = Namespace(T=T)
     schedule.betas = torch.tensor(np.float32(betas))
     schedule.signal = torch.tensor(np.float32(np.sqrt(alpha_bars)))
     schedule.noise_std = torch.tensor(np.float32(np.sqrt(1 - alpha_bars)))
@@ -120,9 +119,9 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
     Many pairs of x_0 and eps lead to the same x_t. The squared error is least if the network
-    answers with the average of all these eps, in which likely ones count more. For eps, this is
-    L_simple (eq. 14): the bound on -log p(x_0), without a factor for each t (eq. 12). Digits use
-    x_0, because an MLP learns a digit more easily than 784 unrelated numbers.
+    answers with the average of all these targets, in which likely ones count more.
+    With eps as target, this is L_simple (eq. 14): the bound on -log p(x_0) (eq. 12), but with the
+    same weight for every t. Digits use x_0: an MLP can hardly return 784 unrelated numbers.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -147,20 +146,21 @@ def p_sample(model, schedule, x_t, t, predict, limit):
 
 
 def guess_x_0(model, schedule, x_t, t, predict, limit):
-    """Return x_0_hat (B, D), the network's guess of x_0, given x_t (B, D) and one number t."""
+    """Return x_0_hat (B, D), a guess of x_0, given x_t (B, D) and t. All |x_0| are below limit."""
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
-    return x_0_hat.clamp(-limit, limit)  # dividing by a small signal magnifies errors
+    return x_0_hat.clamp(-limit, limit)  # because dividing by a small signal magnifies errors
 
 
 def q_posterior(schedule, x_0, x_t, t):
     """Return mean (B, D) and standard deviation of x_{t-1}, given x_0 and x_t (B, D): eq. 6 and 7.
 
-    By Bayes' rule, the density of x_{t-1} is proportional to q(x_{t-1} | x_0) (eq. 4), times
-    q(x_t | x_{t-1}) (eq. 2). Both are bell curves in x_{t-1}, and so is their product: precisions
-    (1 / variance) add, and the mean is the average of the two means, so weighted. The variance is
-    called beta_tilde. The paper also tries beta_t: much larger, but only at small t.
+    By Bayes' rule, the density of x_{t-1} is proportional to the product of two bell curves:
+        q(x_{t-1} | x_0), of mean signal_prev * x_0 and variance noise_std_prev**2          (eq. 4)
+        q(x_t | x_{t-1}), of mean x_t / sqrt(1 - beta) and variance beta / (1 - beta)       (eq. 2)
+    This is a bell curve, too. Precisions (1 / variance) add, and they weigh the two means. Its
+    variance is beta_tilde. The paper also tries beta_t, which is much larger, but only at small t.
     """
     beta, noise_std = schedule.betas[t], schedule.noise_std[t]
     signal_prev, noise_std_prev = schedule.signal[t - 1], schedule.noise_std[t - 1]
@@ -287,7 +287,7 @@ def load_data(name, data_dir):
 def new_config(args):
     """Return x_0 (N, D) to train on, and config: the options, and what we must know of the data."""
     data = load_data(args.dataset, args.data_dir).to(args.device)
-    config = SimpleNamespace(**vars(args))
+    config = Namespace(**vars(args))
     x_0, config.shift, config.scale = standardise(data)
     config.dim = x_0.shape[1]  # D: 2 or 784
     config.sizes = (config.dim, args.hidden_size, args.hidden_layers, args.embedding_size)
@@ -310,7 +310,7 @@ def load_checkpoint(path, device):
     """Return the network and config that save_checkpoint has saved."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        config = SimpleNamespace(**checkpoint["config"])
+        config = Namespace(**checkpoint["config"])
         model = MLP(*config.sizes, config.num_timesteps)
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
@@ -372,7 +372,7 @@ def main(argv=None):
     if args.checkpoint is None:
         frames = train(model, schedule, x_0, config)
         save_checkpoint(out / "model.pt", model, config)
-        frames += 6 * [snapshot("after training", model, schedule, config)]
+        frames += 6 * [snapshot("after training", model, schedule, config)]  # 6: shown longer
         imageio.mimsave(out / "training.gif", frames, duration=400, loop=0)
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x, frames, times = animate(model, schedule, config, args.eval_batch_size, args.show_image_step)

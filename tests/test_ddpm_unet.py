@@ -124,7 +124,7 @@ def test_network(channels, levels, T):
     t = torch.tensor([4, 20])
     labels = torch.tensor([0, net.no_label])
     seen = []
-    net.temb.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net.time_mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     found = net(x_t, t, labels)
     assert found.shape == x_t.shape
     angles = np.outer((t - 1) * 1000 / T, 10_000 ** (-np.arange(32) / 31))
@@ -346,7 +346,7 @@ BAD = [
     *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in BAD_CHECKPOINTS),
     ("--resume text.pt", "cannot use text.pt: "),
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
-    ("--checkpoint model.pt --base_channels 16", "model.pt has another size"),
+    ("--checkpoint model.pt --base_channels 16", "made with other --base_channels"),
     ("--label 0 3", "--label: choose from 0 to 2"),  # before training
     ("--sampler many", "--sampler"),
     ("--output_dir .", "holds a model"),
