@@ -47,7 +47,7 @@ def read_image(path, size):
 
 
 def load_images(dataset, data_dir, size):
-    """Return images, uint8 (N, C, size, size), and labels (N,): one class for each subfolder."""
+    """Return images, uint8 (N, C, size, size), and labels (N,): subfolders are classes, if any."""
     if dataset == "mnist":
         try:
             mnist = MNIST(data_dir, download=True)
@@ -55,10 +55,9 @@ def load_images(dataset, data_dir, size):
             raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
         return mnist.data[:, None], mnist.targets
     classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
-    numbers = {name: number for number, name in enumerate(classes)}
-    files = make_dataset(dataset, numbers, IMG_EXTENSIONS)  # pairs of path and class number
+    files = make_dataset(dataset, {name: k for k, name in enumerate(classes)}, IMG_EXTENSIONS)
     images = []
-    for path, _ in tqdm(files, "reading"):
+    for path, _ in tqdm(files, "reading"):  # pairs of path and class number
         try:
             images.append(read_image(path, size))
         except Exception as error:
@@ -121,29 +120,32 @@ class UNet(nn.Module):
         super().__init__()
         E = 4 * base_channels  # width of temb, the embedding of t and label
         widths = [base_channels * mult for mult in channel_mults]  # from large images to small
-        # Fast waves tell close t apart, slow ones distant t. 1000 / T makes every T look like 1000.
+        # Fast waves tell close t apart, slow ones distant t. 1000 / T makes any T look like 1000.
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.downs = nn.ModuleList()  # for widths 24, 48, 96: from 24 to 24, from 24 to 48
-        self.ups = nn.ModuleList()  # in order of use: from 96 + 48 (a skip) to 48, 48 + 24 to 24
-        inputs = [widths[0], *widths]  # what comes in: 24, 24, 48
-        for C_in, C, C_below in zip(inputs, widths, widths[1:]):  # all but the last width
-            self.downs.append(ResBlock(C_in, C, E))
-            self.ups.insert(0, ResBlock(C_below + C, C, E))
+        C = widths[0]
+        for C_out in widths[:-1]:
+            self.downs.append(ResBlock(C, C_out, E))
+            C = C_out
+        self.middle_1 = ResBlock(C, widths[-1], E)  # from 48 to 96
         C = widths[-1]
-        self.middle_1 = ResBlock(inputs[-2], C, E)  # at the bottom: from 48 to 96
         self.attention = nn.MultiheadAttention(C, num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(C, C, E)
-        self.last = conv(widths[0], channels)
+        self.ups = nn.ModuleList()  # from 96 + 48 (a skip) to 48, from 48 + 24 to 24
+        for C_skip in reversed(widths[:-1]):
+            self.ups.append(ResBlock(C + C_skip, C_skip, E))
+            C = C_skip
+        self.last = conv(C, channels)
 
     def forward(self, x_t, t, labels):
         if len(x_t) > 100 and not torch.is_grad_enabled():  # sampling: 100 at a time saves memory
             parts = zip(x_t.split(100), t.split(100), labels.split(100))
             return torch.cat([self(*part) for part in parts])
-        angles = (t[:, None] - 1) * self.frequencies  # (B, E / 2)
+        angles = (t[:, None] - 1) * self.frequencies  # (B, E / 2), for 0..T-1 as in other code
         temb = self.time_mlp(torch.cat((angles.sin(), angles.cos()), dim=1))
         temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
         h = self.first(x_t)  # (B, widths[0], H, W)
@@ -187,7 +189,6 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
         t = torch.full_like(labels, steps[k])
         eps_hat = net(x, t, labels)
         if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6
-            # Go from the guess without label to the one with it, and beyond: the label counts more.
             eps_hat_without = net(x, t, torch.full_like(t, net.no_label))
             eps_hat = (1 + guidance) * eps_hat - guidance * eps_hat_without
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
@@ -229,8 +230,7 @@ def train(net, ema, images, labels, options, path, state):
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
     saved = time.time()
     for step in bar:
-        # A seed for each step and each process. So a resumed training draws the same numbers.
-        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)
+        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # same if resumed
         indices = torch.randint(len(images), (max(1, B // WORLD_SIZE),))
         x_0 = images[indices] / 127.5 - 1  # from 0..255 to -1..1, as in the paper's section 3.3
         loss = loss_simple(model, alpha_bars, x_0, labels[indices], net.no_label)
@@ -368,7 +368,7 @@ def main(argv=None):
         sys.exit(f"ddpm_unet.py: error: --label: choose from 0 to {args.num_classes - 1}")
     options = {name: getattr(args, name) for name in MODEL + TRAINING}
     if state and any(options[name] != state["options"][name] for name in MODEL):
-        sys.exit("ddpm_unet.py: error: model.pt was made with other --base_channels or --dataset")
+        sys.exit(f"ddpm_unet.py: error: the checkpoint has other {', '.join(MODEL)}")
     out.mkdir(parents=True, exist_ok=True)
     net = UNet(**{name: options[name] for name in MODEL})
     ema = deepcopy(net).requires_grad_(False)  # an average of the weights, which draws better

@@ -59,14 +59,14 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    where noise and eps are from N(0, I). A step multiplies signal**2 and noise_std**2, the variance
-    of the noise, by 1 - beta_t, and adds beta_t to the latter. So their sum stays 1, as for t = 0.
-    signal**2, the product of all 1 - beta so far, is called alpha_bar (elsewhere: alphas_cumprod).
+    where noise and eps are from N(0, I). A step multiplies signal**2 by 1 - beta_t, and turns the
+    variance of the noise, noise_std**2, into (1 - beta_t) * noise_std**2 + beta_t. So the sum of
+    both stays 1. signal**2, the product of all 1 - beta so far, is called alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is near exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     betas = np.append(0, betas)  # for t = 0: x_0 has no noise
-    alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
+    alpha_bars = np.cumprod(1 - betas)  # elsewhere: alphas_cumprod; 1 - alpha_bar needs float64
     schedule = Namespace(T=T)
     schedule.betas = torch.tensor(np.float32(betas))
     schedule.signal = torch.tensor(np.float32(np.sqrt(alpha_bars)))
@@ -119,9 +119,9 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
     Many pairs of x_0 and eps lead to the same x_t. The squared error is least if the network
-    answers with the average of all these targets, in which likely ones count more.
-    With eps as target, this is L_simple (eq. 14): the bound on -log p(x_0) (eq. 12), but with the
-    same weight for every t. Digits use x_0: an MLP can hardly return 784 unrelated numbers.
+    answers with the mean of their targets, in which likely pairs count more. For eps, this loss is
+    L_simple (eq. 14): the bound on -log p(x_0) (eq. 12), but with equal weights for all t. Digits
+    use x_0, because pixels have patterns that an MLP can learn, and noise has none.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -146,7 +146,7 @@ def p_sample(model, schedule, x_t, t, predict, limit):
 
 
 def guess_x_0(model, schedule, x_t, t, predict, limit):
-    """Return x_0_hat (B, D), a guess of x_0, given x_t (B, D) and t. All |x_0| are below limit."""
+    """Return x_0_hat (B, D), a guess of x_0, given x_t (B, D) and t. No |x_0| is above limit."""
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
@@ -156,11 +156,11 @@ def guess_x_0(model, schedule, x_t, t, predict, limit):
 def q_posterior(schedule, x_0, x_t, t):
     """Return mean (B, D) and standard deviation of x_{t-1}, given x_0 and x_t (B, D): eq. 6 and 7.
 
-    By Bayes' rule, the density of x_{t-1} is proportional to the product of two bell curves:
-        q(x_{t-1} | x_0), of mean signal_prev * x_0 and variance noise_std_prev**2          (eq. 4)
-        q(x_t | x_{t-1}), of mean x_t / sqrt(1 - beta) and variance beta / (1 - beta)       (eq. 2)
-    This is a bell curve, too. Precisions (1 / variance) add, and they weigh the two means. Its
-    variance is beta_tilde. The paper also tries beta_t, which is much larger, but only at small t.
+    By Bayes' rule, its density is proportional to two bell curves, as functions of x_{t-1}:
+        q(x_{t-1} | x_0), with mean signal_prev * x_0 and variance noise_std_prev**2        (eq. 4)
+        q(x_t | x_{t-1}), with mean x_t / sqrt(1 - beta) and variance beta / (1 - beta)     (eq. 2)
+    Their product is a bell curve, too. Its precision (1 / variance) is the sum of theirs, and they
+    weigh the means. Its variance is beta_tilde. The paper also tries beta: far larger at small t.
     """
     beta, noise_std = schedule.betas[t], schedule.noise_std[t]
     signal_prev, noise_std_prev = schedule.signal[t - 1], schedule.noise_std[t - 1]

@@ -346,7 +346,7 @@ BAD = [
     *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in BAD_CHECKPOINTS),
     ("--resume text.pt", "cannot use text.pt: "),
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
-    ("--checkpoint model.pt --base_channels 16", "made with other --base_channels"),
+    ("--checkpoint model.pt --base_channels 16", "other channels"),
     ("--label 0 3", "--label: choose from 0 to 2"),  # before training
     ("--sampler many", "--sampler"),
     ("--output_dir .", "holds a model"),
