@@ -1,8 +1,8 @@
 """DDPM with a U-Net: Denoising Diffusion Probabilistic Models (arXiv 2006.11239), in one file.
 
-T small steps turn an image x_0 into noise. A U-Net learns to guess the noise in x_t. Taking it out
-gives a guess of x_0: at first a blurred one, the average of all images that fit x_t. So we step a
-little towards it, and guess again. By default, sampling skips most steps (DDIM, arXiv 2010.02502).
+T small steps turn an image x_0 into noise; after t of them it is x_t. A U-Net learns to guess the
+noise in x_t. Taking it out gives a guess of x_0: if t is large, a blurred one, an average of images
+that fit x_t. So we step a little towards it, and guess again. DDIM (arXiv 2010.02502) skips steps.
 
     python ddpm_unet.py                                     MNIST, in about an hour on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
@@ -205,7 +205,7 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Mix the guesses of image and noise anew, with less noise: arXiv 2010.02502, eq. 12."""
+    """Mix guessed image and noise anew, with less noise: arXiv 2010.02502, eq. 12, sigma = 0."""
     # The clamp has changed x_0_hat. So compute the noise that would lead from it to x_t.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
@@ -268,7 +268,7 @@ def tile(x, columns):
 
 
 def sample(net, args, out):
-    """Draw images of all labels in turn. Save them, and a GIF: x_t on the left, x_0_hat right."""
+    """Draw images of the labels in turn. Save them, and a GIF: x_t on the left, x_0_hat right."""
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
     labels = torch.tensor(args.label).repeat(len(x))[: len(x)]  # all labels, again and again

@@ -66,9 +66,10 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion: q adds noise, and p begins with noise, p(x_T), and removes it
 # 1. The prior p(x_T) is pure noise, and q is reversible: prior(a) q(b | a) = prior(b) q(a | b).
 # 2. So in pure noise, the step back p(x_{t-1} | x_t) would be one more step of q, by Bayes' rule.
-# 3. For noisy data, the network's z corrects that step. With small steps, this form nearly fits.
-# 4. log prior(x) depends on x^2 alone (binary: x). Over data and dimensions, its mean is 1 (binary:
-#    m) as in the prior, and q keeps it. So E log prior(x_t) = -H_prior (its entropy) for all t.
+# 3. If steps are small, the true step back is nearly of this form. The network's z corrects it.
+# 4. log prior(x) is a constant minus x^2 / 2 (bits: linear in x). The mean of x^2 over data and
+#    dimensions is 1, and a step keeps it: (1 - beta) * 1 + beta = 1 (bits: that of x is m). So the
+#    mean of log prior(x_t) is -H_prior, minus the entropy of the prior, for all t.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -148,15 +149,15 @@ def bound(model, x_0):
 
     By Jensen's inequality, log p(x_0) is at least the mean over q of
         log p(x_T) + sum_{t=1}^T [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ].
-    log p(x_T): its mean is -H_prior, by fact 4 of section 2.
-    t = 1: p(x_0 | x_1) is a step of q, our choice (eq. 44). By facts 1 and 4, the mean is then 0.
-    t >= 2: by Bayes' rule, the bracket is
+    log p(x_T) has the mean -H_prior, by fact 4. As p(x_0 | x_1), we choose a step of q (eq. 44). So
+    the bracket for t = 1 is log prior(x_0) - log prior(x_1), by fact 1. By fact 4, its mean is 0.
+    For t >= 2, by Bayes' rule, the bracket is
         log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0) - log q(x_t | x_0) + log q(x_{t-1} | x_0).
     The first two make a KL. The others leave -log q(x_T | x_0) + log q(x_1 | x_0) in the sum over
     t, and the mean of that is a difference of entropies. So on average over data, the bound is
         K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
             + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior.
-    If z = 0, each bracket is log prior(x_{t-1}) - log prior(x_t), so K = L_null = E log prior(x_0).
+    If z = 0, the brackets are log prior(x_{t-1}) - log prior(x_t): K = L_null, E log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -177,7 +178,6 @@ class Model(nn.Module):
 
     From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
     for all D, turns a number and its features into 10 outputs y_j for z, or for z_mu and z_sigma.
-    The paper has radial basis functions for points, sigmoids for bits, and convolutions for images.
     """
 
     def __init__(self, process, D, H, features=4):

@@ -60,13 +60,13 @@ def make_schedule(T):
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
     where noise and eps are from N(0, I). A step multiplies signal**2 by 1 - beta_t, and turns the
-    variance of the noise, noise_std**2, into (1 - beta_t) * noise_std**2 + beta_t. So the sum of
-    both stays 1. signal**2, the product of all 1 - beta so far, is called alpha_bar.
+    variance of the noise, noise_std**2, into (1 - beta_t) * noise_std**2 + beta_t. The sum of these
+    two is 1 at t = 0, so it stays 1. signal**2, the product of all 1 - beta, is called alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is near exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     betas = np.append(0, betas)  # for t = 0: x_0 has no noise
-    alpha_bars = np.cumprod(1 - betas)  # elsewhere: alphas_cumprod; 1 - alpha_bar needs float64
+    alpha_bars = np.cumprod(1 - betas)  # float64, as 1 - alpha_bar can be tiny (alphas_cumprod)
     schedule = Namespace(T=T)
     schedule.betas = torch.tensor(np.float32(betas))
     schedule.signal = torch.tensor(np.float32(np.sqrt(alpha_bars)))
@@ -119,9 +119,9 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
     Many pairs of x_0 and eps lead to the same x_t. The squared error is least if the network
-    answers with the mean of their targets, in which likely pairs count more. For eps, this loss is
-    L_simple (eq. 14): the bound on -log p(x_0) (eq. 12), but with equal weights for all t. Digits
-    use x_0, because pixels have patterns that an MLP can learn, and noise has none.
+    answers with their mean, E[target | x_t]. For eps, this loss is L_simple (eq. 14): the bound on
+    -log p(x_0) (eq. 12), but with equal weights for all t. Digits use x_0, because pixels have
+    patterns that an MLP can learn, and noise has none.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -135,9 +135,9 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D).
 
-    Given x_0, Bayes' rule gives x_{t-1}: see q_posterior. We only have a guess, the average of all
-    x_0 that could have led to x_t. It gives the right mean of x_{t-1}, which is linear in x_0, but
-    too small a variance, because x_0 is uncertain. With many small steps, this error is small.
+    Given x_0, q_posterior has the distribution of x_{t-1}. We only have a guess, the mean of all
+    x_0 that could have led to x_t. The mean of x_{t-1} is linear in x_0, so a guess gives the right
+    one, but too small a variance, because x_0 is uncertain. For small beta, this hardly matters.
     """
     x_0_hat = guess_x_0(model, schedule, x_t, t, predict, limit)
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
@@ -156,11 +156,11 @@ def guess_x_0(model, schedule, x_t, t, predict, limit):
 def q_posterior(schedule, x_0, x_t, t):
     """Return mean (B, D) and standard deviation of x_{t-1}, given x_0 and x_t (B, D): eq. 6 and 7.
 
-    By Bayes' rule, its density is proportional to two bell curves, as functions of x_{t-1}:
+    By Bayes' rule, its density is proportional to the product of two bell curves in x_{t-1}:
         q(x_{t-1} | x_0), with mean signal_prev * x_0 and variance noise_std_prev**2        (eq. 4)
         q(x_t | x_{t-1}), with mean x_t / sqrt(1 - beta) and variance beta / (1 - beta)     (eq. 2)
-    Their product is a bell curve, too. Its precision (1 / variance) is the sum of theirs, and they
-    weigh the means. Its variance is beta_tilde. The paper also tries beta: far larger at small t.
+    This is a bell curve, too: precisions (1 / variance) add, and each mean counts by its precision.
+    The new variance is beta_tilde. The paper also tries beta, which is far larger at small t only.
     """
     beta, noise_std = schedule.betas[t], schedule.noise_std[t]
     signal_prev, noise_std_prev = schedule.signal[t - 1], schedule.noise_std[t - 1]
