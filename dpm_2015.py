@@ -65,11 +65,11 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion: q adds noise, and p begins with noise, p(x_T), and removes it
 # 1. The prior p(x_T) is pure noise, and q is reversible: prior(a) q(b | a) = prior(b) q(a | b).
-# 2. So in pure noise, the step back p(x_{t-1} | x_t) would be one more step of q, by Bayes' rule.
-# 3. If steps are small, the true step back is nearly of this form. The network's z corrects it.
-# 4. log prior(x) is a constant minus x^2 / 2 (bits: linear in x). The mean of x^2 over data and
-#    dimensions is 1, and a step keeps it: (1 - beta) * 1 + beta = 1 (bits: that of x is m). So the
-#    mean of log prior(x_t) is -H_prior, minus the entropy of the prior, for all t.
+# 2. So if x_{t-1} is pure noise, the true step back is one more step of q, by Bayes' rule.
+# 3. If it is noisy data, this form is nearly right for small steps. The network's z corrects it.
+# 4. log prior(x) is a constant minus x^2 / 2. Over data and dimensions, x^2 has the mean 1, and a
+#    step keeps it: (1 - beta) * 1 + beta = 1. So log prior(x_t) has the same mean for all t,
+#    which is -H_prior. (For bits, too: there, log prior(x) is linear in x, whose mean is m.)
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -147,14 +147,14 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    By Jensen's inequality, log p(x_0) is at least the mean over q of
+    By Jensen's inequality, log p(x_0) is at least the mean of this. (Means are over q and data.)
         log p(x_T) + sum_{t=1}^T [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ].
     log p(x_T) has the mean -H_prior, by fact 4. As p(x_0 | x_1), we choose a step of q (eq. 44). So
     the bracket for t = 1 is log prior(x_0) - log prior(x_1), by fact 1. By fact 4, its mean is 0.
     For t >= 2, by Bayes' rule, the bracket is
         log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0) - log q(x_t | x_0) + log q(x_{t-1} | x_0).
     The first two make a KL. The others leave -log q(x_T | x_0) + log q(x_1 | x_0) in the sum over
-    t, and the mean of that is a difference of entropies. So on average over data, the bound is
+    t, and the mean of that is a difference of entropies. So the bound is, on average over data,
         K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
             + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior.
     If z = 0, the brackets are log prior(x_{t-1}) - log prior(x_t): K = L_null, E log prior(x_0).

@@ -60,13 +60,13 @@ def make_schedule(T):
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
     where noise and eps are from N(0, I). A step multiplies signal**2 by 1 - beta_t, and turns the
-    variance of the noise, noise_std**2, into (1 - beta_t) * noise_std**2 + beta_t. The sum of these
-    two is 1 at t = 0, so it stays 1. signal**2, the product of all 1 - beta, is called alpha_bar.
+    variance of the noise, noise_std**2, into (1 - beta_t) * noise_std**2 + beta_t. So
+    signal**2 + noise_std**2 is 1 for t = 0, and stays 1. signal**2 is called alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is near exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     betas = np.append(0, betas)  # for t = 0: x_0 has no noise
-    alpha_bars = np.cumprod(1 - betas)  # float64, as 1 - alpha_bar can be tiny (alphas_cumprod)
+    alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     schedule = Namespace(T=T)
     schedule.betas = torch.tensor(np.float32(betas))
     schedule.signal = torch.tensor(np.float32(np.sqrt(alpha_bars)))
@@ -120,8 +120,8 @@ def loss_simple(model, schedule, x_0, predict):
 
     Many pairs of x_0 and eps lead to the same x_t. The squared error is least if the network
     answers with their mean, E[target | x_t]. For eps, this loss is L_simple (eq. 14): the bound on
-    -log p(x_0) (eq. 12), but with equal weights for all t. Digits use x_0, because pixels have
-    patterns that an MLP can learn, and noise has none.
+    -log p(x_0), but every term of it (eq. 12) gets the same weight. Digits use x_0, because pixels
+    have patterns that an MLP can learn, and noise has none.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -135,9 +135,9 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D).
 
-    Given x_0, q_posterior has the distribution of x_{t-1}. We only have a guess, the mean of all
-    x_0 that could have led to x_t. The mean of x_{t-1} is linear in x_0, so a guess gives the right
-    one, but too small a variance, because x_0 is uncertain. For small beta, this hardly matters.
+    We treat the network's guess of x_0 as if it were x_0. Then q_posterior knows x_{t-1}. The guess
+    is the mean of all x_0 that fit x_t. So it gives x_{t-1} the right mean, which is linear in x_0.
+    But it leaves out how uncertain x_0 is. In a small step, that matters little.
     """
     x_0_hat = guess_x_0(model, schedule, x_t, t, predict, limit)
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
@@ -262,7 +262,7 @@ def energy_distance(a, b):
 # %% 9. Files, command line, and main, which puts everything together
 CHOICES = f"choose {', '.join(DATASETS)}, a .npy or .csv file with two numbers a row, or mnist "
 CHOICES += "(offline: put {train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
-# The options that make a model. With --checkpoint, model.pt has them.
+# The options that make a model. With --checkpoint, main takes them from model.pt, for run.json.
 MODEL = ["dataset", "predict", "num_timesteps", "embedding_size", "hidden_size", "hidden_layers"]
 
 
