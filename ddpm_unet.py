@@ -72,7 +72,7 @@ def load_images(dataset, data_dir, size):
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t multiplies x_{t-1} by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2).
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is near exp(-10)
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is nearly 0
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
@@ -322,7 +322,7 @@ def parse_options(argv):
     flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
     flag("--guidance", type=float, default=0.5, help="above 0: clearer classes, less variety")
-    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm is Algorithm 2")
+    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: Algorithm 2")
     flag("--sampling_steps", type=int, default=50, help="fewer are quicker, T at most")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")

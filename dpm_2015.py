@@ -63,13 +63,11 @@ def load_data(dataset, data_dir):
     return x[:-10_000], x[-10_000:], shift, scale
 
 
-# %% 2. Two kinds of diffusion: q adds noise, and p begins with noise, p(x_T), and removes it
-# 1. The prior p(x_T) is pure noise, and q is reversible: prior(a) q(b | a) = prior(b) q(a | b).
+# %% 2. Two kinds of diffusion
+# q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
+# 1. q is reversible: prior(a) q(b | a) = prior(b) q(a | b).
 # 2. So if x_{t-1} is pure noise, the true step back is one more step of q, by Bayes' rule.
-# 3. If it is noisy data, this form is nearly right for small steps. The network's z corrects it.
-# 4. log prior(x) is a constant minus x^2 / 2. Over data and dimensions, x^2 has the mean 1, and a
-#    step keeps it: (1 - beta) * 1 + beta = 1. So log prior(x_t) has the same mean for all t,
-#    which is -H_prior. (For bits, too: there, log prior(x) is linear in x, whose mean is m.)
+# 3. For noisy data and small steps, it is nearly that. So p is a step of q, corrected by a network.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -149,8 +147,10 @@ def bound(model, x_0):
 
     By Jensen's inequality, log p(x_0) is at least the mean of this. (Means are over q and data.)
         log p(x_T) + sum_{t=1}^T [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ].
-    log p(x_T) has the mean -H_prior, by fact 4. As p(x_0 | x_1), we choose a step of q (eq. 44). So
-    the bracket for t = 1 is log prior(x_0) - log prior(x_1), by fact 1. By fact 4, its mean is 0.
+    log prior(x_t) is a constant minus x_t^2 / 2. Its mean is the same for all t, -H_prior, because
+    the mean of x_0^2 is 1, and a step keeps that: (1 - beta) * 1 + beta = 1. (Bits: of x_0, m.)
+    For p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket for t = 1 is
+    log prior(x_0) - log prior(x_1), of mean 0.
     For t >= 2, by Bayes' rule, the bracket is
         log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0) - log q(x_t | x_0) + log q(x_{t-1} | x_0).
     The first two make a KL. The others leave -log q(x_T | x_0) + log q(x_1 | x_0) in the sum over
@@ -172,7 +172,7 @@ def bound(model, x_0):
     return K / math.log(2), t
 
 
-# %% 4. The network: t only chooses how its last outputs are mixed
+# %% 4. The network: ten outputs, which are mixed according to t
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 

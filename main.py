@@ -63,7 +63,7 @@ def make_schedule(T):
     variance of the noise, noise_std**2, into (1 - beta_t) * noise_std**2 + beta_t. So
     signal**2 + noise_std**2 is 1 for t = 0, and stays 1. signal**2 is called alpha_bar.
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is near exp(-10)
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is nearly 0
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     betas = np.append(0, betas)  # for t = 0: x_0 has no noise
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny

@@ -19,8 +19,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from figures import exact_eps
-
 import dpm_2015
 import main
 
@@ -56,7 +54,7 @@ def sliced_w2(a, b):
 
 
 def heart():
-    """Yield rows about the default run of main.py, and about its sampler with the exact eps."""
+    """Yield rows about the default run of main.py."""
     seconds, _, _ = whole_runs("main.py", 3)
     yield "`python main.py`, whole process", f"{spread(seconds, 1)} s"
     curve = main.heart()
@@ -67,11 +65,6 @@ def heart():
     torch.manual_seed(0)
     real = [sliced_w2(x_0[torch.randint(len(x_0), (10_000,))], x_0) for _ in range(5)]
     yield "as many random points of the heart", spread(real, 4)
-    schedule = main.make_schedule(200)
-    exact = exact_eps(schedule, x_0[::4])
-    for _, x in main.p_sample_loop(exact, schedule, (10_000, 2), "eps", x_0.abs().max().item()):
-        pass
-    yield "samples of the exact network instead", f"{sliced_w2(x, x_0):.4f}"
 
 
 def dpm():

@@ -70,6 +70,23 @@ def strip(schedule, x_0, network, limit):
     save(figure, "strip")
 
 
+def guess(schedule, x_0):
+    """Draw which data a noisy point may come from, and their average, at four steps."""
+    figure, (panels,) = new_figure(1, 4, height=2.9)
+    x_t = torch.tensor([[0.9, 0.2]])
+    for axes, step in zip(panels, (100, 50, 20, 8)):
+        distances = torch.cdist(x_t, schedule.signal[step] * x_0) / schedule.noise_std[step]
+        probability = (-(distances**2) / 2).softmax(dim=1)
+        likely = x_0[probability[0].multinomial(400, replacement=True)]
+        axes.scatter(*x_0[::8].T, s=2, color=BLUE, alpha=0.3, linewidths=0)
+        axes.scatter(*likely.T, s=14, color=BLUE, alpha=0.5, linewidths=0)
+        axes.plot(*x_t.T, "kx", markersize=9, markeredgewidth=2)
+        axes.plot(*(probability @ x_0).T, "*", color=ORANGE, markersize=16)
+        title = f"step {step} of {schedule.T}"
+        axes.set(title=title, xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), **NO_TICKS)
+    save(figure, "guess")
+
+
 def floor(schedule, x_0, network, exact):
     """Draw the squared error of eps at every fourth step, of the network and the exact model."""
     steps = range(1, schedule.T + 1, 4)
@@ -206,6 +223,7 @@ def all_but_experiments(outputs):
     schedule = main.make_schedule(config.num_timesteps)
     x_0, _, _ = main.standardise(main.heart())
     exact = exact_eps(schedule, x_0[::4])
+    guess(schedule, x_0)
     strip(schedule, x_0, network, config.limit)
     floor(schedule, x_0, network, exact)
     scores(schedule, x_0, network, exact)

@@ -309,7 +309,7 @@ def test_ctrl_c_ends_the_training(tmp_path, monkeypatch, capsys):
 def test_as_a_notebook(tmp_path, monkeypatch):
     """The cells run in order, with the options that Jupyter leaves in sys.argv."""
     source = inspect.getsource(main)
-    for old, new in [("300", "1"), ("200", "8"), ("device", "'cpu'")]:  # a small run
+    for old, new in [("270", "1"), ("200", "8"), ("device", "'cpu'")]:  # a small run
         source = source.replace(f"default={old},", f"default={new},")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
