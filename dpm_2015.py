@@ -145,16 +145,16 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    By Jensen's inequality, log p(x_0) is at least the mean of this. (Means are over q and data.)
+    By Jensen's inequality, log p(x_0) is at least the mean over q of
         log p(x_T) + sum_{t=1}^T [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ].
-    log prior(x_t) is a constant minus x_t^2 / 2. Its mean is the same for all t, -H_prior, because
-    the mean of x_0^2 is 1, and a step keeps that: (1 - beta) * 1 + beta = 1. (Bits: of x_0, m.)
-    For p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket for t = 1 is
-    log prior(x_0) - log prior(x_1), of mean 0.
+    Take the mean over data, too. log prior(x_t) is a constant minus x_t^2 / 2, and each step keeps a
+    mean of x^2 of 1: (1 - beta) * 1 + beta = 1. (For bits, it is linear in x_t, whose mean stays m.)
+    So the mean of log prior(x_t) is -H_prior for all t. For p(x_0 | x_1), we choose a step of q
+    (eq. 44). As q is reversible, the bracket for t = 1 is log prior(x_0) - log prior(x_1), mean 0.
     For t >= 2, by Bayes' rule, the bracket is
         log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0) - log q(x_t | x_0) + log q(x_{t-1} | x_0).
     The first two make a KL. The others leave -log q(x_T | x_0) + log q(x_1 | x_0) in the sum over
-    t, and the mean of that is a difference of entropies. So the bound is, on average over data,
+    t, and the mean of that is a difference of entropies. So the bound is
         K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
             + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior.
     If z = 0, the brackets are log prior(x_{t-1}) - log prior(x_t): K = L_null, E log prior(x_0).
