@@ -147,8 +147,8 @@ def bound(model, x_0):
 
     By Jensen's inequality, log p(x_0) is at least the mean over q of
         log p(x_T) + sum_{t=1}^T [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ].
-    Take the mean over data, too. log prior(x_t) is a constant minus x_t^2 / 2, and each step keeps a
-    mean of x^2 of 1: (1 - beta) * 1 + beta = 1. (For bits, it is linear in x_t, whose mean stays m.)
+    Take means over data, too. log prior(x_t) is a constant minus x_t^2 / 2, and each step keeps a
+    mean of x^2 of 1: (1 - beta) * 1 + beta = 1. (For bits, it is linear in x_t, and the mean is m.)
     So the mean of log prior(x_t) is -H_prior for all t. For p(x_0 | x_1), we choose a step of q
     (eq. 44). As q is reversible, the bracket for t = 1 is log prior(x_0) - log prior(x_1), mean 0.
     For t >= 2, by Bayes' rule, the bracket is
