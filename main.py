@@ -248,7 +248,7 @@ def animate(model, schedule, config, num_samples, every):
     for t, x in tqdm(chain, "sampling", total=schedule.T + 1):
         if t in steps:
             frames.append(draw(f"removing noise: {t} left", x, "tab:orange", x_0))
-    times = [250 if t <= schedule.T / 4 else 50 for t in steps + steps[::-1]]  # milliseconds
+    times = [250 if t <= schedule.T / 4 else 80 for t in steps + steps[::-1]]  # milliseconds
     times[-1] = 3000
     return x, frames, times
 
@@ -333,7 +333,7 @@ def parse_options(argv):
     flag("--num_epochs", type=int, default=270, help="passes over the data")
     flag("--learning_rate", type=float, default=1e-2, help="its highest value")
     flag("--eval_batch_size", "--num_samples", type=int, default=2000, help="samples to draw")
-    flag("--show_image_step", type=int, default=5, help="diffusion steps between two frames")
+    flag("--show_image_step", type=int, default=8, help="diffusion steps between two frames")
     flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")
     flag("--output_dir", help="folder for all files [outputs/NAME]")
     flag("--data_dir", default="data", help="holds MNIST/raw, or will")

@@ -227,7 +227,7 @@ def test_animation(monkeypatch):
         x_t = signal[t] * x_0 + noise_std[t] * eps
         assert_close(frames[k], x_t, rtol=0, atol=1e-3)
         assert torch.equal(frames[15 - k], states[t])
-    assert times == [250, 250, *[50] * 12, 250, 3000]
+    assert times == [250, 250, *[80] * 12, 250, 3000]
 
 
 def samples_of(folder, *options):
@@ -248,7 +248,7 @@ def test_training_run(heart_dir):
     """Its files, and the energy distance in run.json against its definition."""
     names = {"model.pt", "training.gif", "process.gif", "samples.png", "samples.npy", "run.json"}
     assert set(content(heart_dir)) == names
-    assert gif_milliseconds(heart_dir / "process.gif") == [250, 50, 50, 3000]
+    assert gif_milliseconds(heart_dir / "process.gif") == [250, 80, 80, 3000]
     facts = json.loads((heart_dir / "run.json").read_text())
     heart, shift, scale = main.standardise(main.heart())
     x = (torch.from_numpy(np.load(heart_dir / "samples.npy")) - shift) / scale
