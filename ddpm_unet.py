@@ -185,7 +185,7 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
     for k in range(num_steps):
         alpha_bar = alpha_bars[steps[k]].item()
-        alpha_bar_prev = alpha_bars[steps[k + 1]].item()  # of the next step, nearer to the data
+        alpha_bar_prev = alpha_bars[steps[k + 1]].item()  # at the smaller t that we go to
         t = torch.full_like(labels, steps[k])
         eps_hat = net(x, t, labels)
         if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6

@@ -90,7 +90,7 @@ class Gaussian(nn.Module):
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)
-        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]
+        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # of all 1 - beta in between, multiplied
         stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise for small steps
         return Normal((log_alpha / 2).exp() * x, stddev)
 
@@ -147,10 +147,10 @@ def bound(model, x_0):
 
     By Jensen's inequality, log p(x_0) is at least the mean over q of
         log p(x_T) + sum_{t=1}^T [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ].
-    Take means over data, too. log prior(x_t) is a constant minus x_t^2 / 2, and each step keeps a
-    mean of x^2 of 1: (1 - beta) * 1 + beta = 1. (For bits, it is linear in x_t, and the mean is m.)
-    So the mean of log prior(x_t) is -H_prior for all t. For p(x_0 | x_1), we choose a step of q
-    (eq. 44). As q is reversible, the bracket for t = 1 is log prior(x_0) - log prior(x_1), mean 0.
+    Take means over data, too. That of log prior(x_t), a constant minus x_t^2 / 2, is -H_prior for
+    all t: in the data, as in the prior, x^2 has the mean 1, and steps keep it: (1 - beta) + beta =
+    1. (For bits, log prior is linear in x, of mean m.) For p(x_0 | x_1), we choose a step of q (eq.
+    44). As q is reversible, the bracket for t = 1 is log prior(x_0) - log prior(x_1), of mean 0.
     For t >= 2, by Bayes' rule, the bracket is
         log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0) - log q(x_t | x_0) + log q(x_{t-1} | x_0).
     The first two make a KL. The others leave -log q(x_T | x_0) + log q(x_1 | x_0) in the sum over

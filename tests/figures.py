@@ -73,8 +73,8 @@ def strip(schedule, x_0, network, limit):
 def guess(schedule, x_0):
     """Draw which data a noisy point may come from, and their average, at four steps."""
     figure, (panels,) = new_figure(1, 4, height=2.9)
-    x_t = torch.tensor([[0.9, 0.2]])
-    for axes, step in zip(panels, (100, 50, 20, 8)):
+    x_t = torch.tensor([[1.35, 0.3]])
+    for axes, step in zip(panels, (100, 50, 20, 10)):
         distances = torch.cdist(x_t, schedule.signal[step] * x_0) / schedule.noise_std[step]
         probability = (-(distances**2) / 2).softmax(dim=1)
         likely = x_0[probability[0].multinomial(400, replacement=True)]
