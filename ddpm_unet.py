@@ -4,7 +4,7 @@ T small steps turn an image x_0 into noise; after t of them it is x_t. A U-Net l
 noise in x_t. Taking it out gives a guess of x_0: if t is large, a blurred one, an average of images
 that fit x_t. So we step a little towards it, and guess again. DDIM (arXiv 2010.02502) skips steps.
 
-    python ddpm_unet.py                                     MNIST, in about an hour on two cores
+    python ddpm_unet.py                                     MNIST, in 45 minutes on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
