@@ -282,6 +282,7 @@ def sample(net, args, out):
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))  # the last x_t is finished
     np.save(out / "samples.npy", to_bytes(x_t).permute(0, 2, 3, 1).squeeze(3))
+    print(f"Look at {out / 'samples.png'}.")
 
 
 # %% 8. Files, command line, and main, which puts everything together
@@ -387,7 +388,6 @@ def main(argv=None):
     sample(ema, args, out)
     facts = {"options": vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}
     (out / "run.json").write_text(json.dumps(facts, indent=2))
-    print(f"Look at {out / 'samples.png'}.")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,7 @@ def guess(schedule, x_0):
         axes.scatter(*likely.T, s=14, color=BLUE, alpha=0.5, linewidths=0)
         axes.plot(*x_t.T, "kx", markersize=9, markeredgewidth=2)
         axes.plot(*(probability @ x_0).T, "*", color=ORANGE, markersize=16)
-        title = f"step {step} of {schedule.T}"
-        axes.set(title=title, xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), **NO_TICKS)
+        axes.set(title=f"step {step} of {schedule.T}", xlim=(-2, 2), ylim=(-2, 2), **NO_TICKS)
     save(figure, "guess")
 
 
