@@ -112,7 +112,7 @@ class Gaussian(nn.Module):
 
 
 class Binomial(nn.Module):
-    """Diffusion of binary data. A step draws each bit anew with probability beta_t."""
+    """Diffusion of binary data. With probability beta_t, a step draws a bit from the prior."""
 
     sample = staticmethod(Bernoulli.sample)
     z_per_x = 1
@@ -145,19 +145,19 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    By Jensen's inequality, log p(x_0) is at least the mean over q of
+    K is a mean over data and q. By Jensen's inequality, the mean of log p(x_0) is at least that of
         log p(x_T) + sum_{t=1}^T [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ].
-    Take means over data, too. That of log prior(x_t), a constant minus x_t^2 / 2, is -H_prior for
-    all t: in the data, as in the prior, x^2 has the mean 1, and steps keep it: (1 - beta) + beta =
-    1. (For bits, log prior is linear in x, of mean m.) For p(x_0 | x_1), we choose a step of q (eq.
-    44). As q is reversible, the bracket for t = 1 is log prior(x_0) - log prior(x_1), of mean 0.
-    For t >= 2, by Bayes' rule, the bracket is
+    1. log prior(x) depends on x^2 alone (bits: on x). The mean of x^2 is 1 in data and prior, and a
+       step of q keeps it. So log prior(x_t) has the mean -H_prior for all t, and so has log p(x_T).
+    2. For p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket of t = 1 is
+       log prior(x_0) - log prior(x_1). Its mean is 0.
+    3. For t >= 2, by Bayes' rule, the bracket is
         log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0) - log q(x_t | x_0) + log q(x_{t-1} | x_0).
-    The first two make a KL. The others leave -log q(x_T | x_0) + log q(x_1 | x_0) in the sum over
-    t, and the mean of that is a difference of entropies. So the bound is
+       The first two make a KL. The sum over t leaves -log q(x_T | x_0) + log q(x_1 | x_0) of the
+       others, and the mean of that is a difference of entropies. Together:
         K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
             + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior.
-    If z = 0, the brackets are log prior(x_{t-1}) - log prior(x_t): K = L_null, E log prior(x_0).
+    If z = 0, every bracket is like that of t = 1, and K = L_null, the mean of log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -172,7 +172,7 @@ def bound(model, x_0):
     return K / math.log(2), t
 
 
-# %% 4. The network: ten outputs, which are mixed according to t
+# %% 4. The network: outputs are mixed according to t (the paper has one for each kind of data)
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it.
 
@@ -207,12 +207,12 @@ class Model(nn.Module):
 
 
 # %% 5. Sampling and inpainting
+@torch.no_grad()
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws x (B, D) from the prior into data. Yield (t, x) for t = T, ..., 0.
 
-    Inpainting: x ends as x_0 (B, D) where known (D,) is true; for samples, that is nowhere. In the
-    paper (2.5), the known part is x_0 all the time. Here it is as noisy as the rest, and each step
-    is taken several times, so that the rest can adapt: RePaint, arXiv 2201.09865, Algorithm 1.
+    x ends as x_0 (B, D) where known (D,) is true. There, x is as noisy as elsewhere (in the paper,
+    section 2.5, it is not), and steps are repeated: RePaint, arXiv 2201.09865, Algorithm 1.
     """
     process = model.process
     x = process.prior.sample(x_0.shape)

@@ -119,7 +119,7 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
     Many pairs of x_0 and eps lead to the same x_t. The squared error is least if the network
-    answers with their mean, E[target | x_t]. For eps, this loss is L_simple (eq. 14): the bound on
+    answers with the mean, E[target | x_t]. For eps, this loss is L_simple (eq. 14): the bound on
     -log p(x_0), but every term of it (eq. 12) gets the same weight. Digits use x_0, because pixels
     have patterns that an MLP can learn, and noise has none.
     """
@@ -135,9 +135,9 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D).
 
-    We treat the network's guess of x_0 as if it were x_0. Then q_posterior knows x_{t-1}. The guess
-    is the mean of all x_0 that fit x_t. So it gives x_{t-1} the right mean, which is linear in x_0.
-    But it leaves out how uncertain x_0 is. In a small step, that matters little.
+    We treat the network's guess of x_0 as if it were x_0, for which q_posterior describes x_{t-1}.
+    The guess is the mean of all x_0 that fit x_t. So x_{t-1} has the right mean, because that is
+    linear in x_0. We leave out how uncertain x_0 is. In a small step, that matters little.
     """
     x_0_hat = guess_x_0(model, schedule, x_t, t, predict, limit)
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
@@ -146,7 +146,7 @@ def p_sample(model, schedule, x_t, t, predict, limit):
 
 
 def guess_x_0(model, schedule, x_t, t, predict, limit):
-    """Return x_0_hat (B, D), a guess of x_0, given x_t (B, D) and t. No |x_0| is above limit."""
+    """Return x_0_hat (B, D), a guess of x_0, given x_t (B, D) and t. Data are within limit."""
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
@@ -159,8 +159,8 @@ def q_posterior(schedule, x_0, x_t, t):
     By Bayes' rule, its density is proportional to the product of two bell curves in x_{t-1}:
         q(x_{t-1} | x_0), with mean signal_prev * x_0 and variance noise_std_prev**2        (eq. 4)
         q(x_t | x_{t-1}), with mean x_t / sqrt(1 - beta) and variance beta / (1 - beta)     (eq. 2)
-    This is a bell curve, too: precisions (1 / variance) add, and each mean counts by its precision.
-    The new variance is beta_tilde. The paper also tries beta, which is far larger at small t only.
+    This is a bell curve, too: precisions (1 / variance) add, and they weight the means.
+    The new variance is beta_tilde. The paper also tries beta, which is much larger at small t.
     """
     beta, noise_std = schedule.betas[t], schedule.noise_std[t]
     signal_prev, noise_std_prev = schedule.signal[t - 1], schedule.noise_std[t - 1]
@@ -326,7 +326,7 @@ def parse_options(argv):
     flag("--dataset", default="heart", help=CHOICES)
     flag("--num_timesteps", type=int, default=200, help="number of diffusion steps T")
     flag("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
-    flag("--embedding_size", type=int, default=32, choices=[8, 32, 64, 100], help="sines, cosines")
+    flag("--embedding_size", type=int, default=32, choices=[8, 16, 32, 64, 100, 128], help="sines")
     flag("--hidden_size", type=int, default=96, help="width of the network")
     flag("--hidden_layers", type=int, default=2, help="residual blocks")
     flag("--train_batch_size", type=int, default=1000, help="examples in a training step")
