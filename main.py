@@ -21,7 +21,6 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
@@ -49,7 +48,8 @@ def standardise(data):
     if data.shape[1] == 784:
         shift = scale = torch.tensor(127.5)  # 0..255 becomes -1..1, as in the paper's section 3.3
     else:  # mean 0, variance 1, like the noise. Then all x_t have numbers of the same size.
-        shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
+        shift = data.mean(dim=0)
+        scale = data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
 
@@ -59,25 +59,41 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    where noise and eps are from N(0, I). A step multiplies signal**2 by 1 - beta_t, and turns the
-    variance of the noise, noise_std**2, into (1 - beta_t) * noise_std**2 + beta_t. So
-    signal**2 + noise_std**2 is 1 for t = 0, and stays 1. signal**2 is called alpha_bar.
+    noise and eps are from N(0, I). signal**2, called alpha_bar, is the product of all 1 - beta so
+    far. noise_std**2 is 1 - alpha_bar: a step turns it into (1 - beta) * noise_std**2 + beta.
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is nearly 0
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     betas = np.append(0, betas)  # for t = 0: x_0 has no noise
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
-    schedule = Namespace(T=T)
-    schedule.betas = torch.tensor(np.float32(betas))
-    schedule.signal = torch.tensor(np.float32(np.sqrt(alpha_bars)))
-    schedule.noise_std = torch.tensor(np.float32(np.sqrt(1 - alpha_bars)))
-    return schedule
+    tables = np.float32([betas, np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)])
+    betas, signal, noise_std = torch.tensor(tables)
+    return Namespace(T=T, betas=betas, signal=signal, noise_std=noise_std)
 
 
-# %% 3. Forward process
+# %% 3. Forward process: q adds the noise
 def q_sample(schedule, x_0, t, eps):
     """Return x_t (B, D): x_0 (B, D) after the steps 1 to t (B,), in one jump (eq. 4)."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
+
+
+def q_posterior(schedule, x_0, x_t, t):
+    """Return mean (B, D) and standard deviation of x_{t-1}, given x_0, x_t (B, D) and one number t.
+
+    By Bayes' rule (eq. 6 and 7), its density is the product of two bell curves in x_{t-1}, scaled:
+        q(x_{t-1} | x_0), with mean signal_prev * x_0 and variance noise_std_prev**2        (eq. 4)
+        q(x_t | x_{t-1}), with mean x_t / sqrt(1 - beta) and variance beta / (1 - beta)     (eq. 2)
+    This is a bell curve, too. Precisions (1 / variance) add up to
+        1 / noise_std_prev**2 + (1 - beta) / beta = noise_std**2 / (beta * noise_std_prev**2),
+    and weight the means. The variance is beta_tilde; the paper also tries beta, larger at small t.
+    """
+    beta = schedule.betas[t]
+    noise_std = schedule.noise_std[t]
+    signal_prev, noise_std_prev = schedule.signal[t - 1], schedule.noise_std[t - 1]
+    coef_x_0 = signal_prev * beta / noise_std**2  # noise_std**2 is 1 - alpha_bar
+    coef_x_t = (1 - beta) ** 0.5 * noise_std_prev**2 / noise_std**2
+    sigma = beta**0.5 * noise_std_prev / noise_std  # 0 for t = 1
+    return coef_x_0 * x_0 + coef_x_t * x_t, sigma
 
 
 # %% 4. Network
@@ -118,10 +134,8 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many pairs of x_0 and eps lead to the same x_t. The squared error is least if the network
-    answers with the mean, E[target | x_t]. For eps, this loss is L_simple (eq. 14): the bound on
-    -log p(x_0), but every term of it (eq. 12) gets the same weight. Digits use x_0, because pixels
-    have patterns that an MLP can learn, and noise has none.
+    Many x_0 and eps lead to the same x_t. Their mean, E[target | x_t], has the least squared error.
+    For eps, this is L_simple (eq. 14): the bound on -log p(x_0) (eq. 12) without its weights.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -135,39 +149,17 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D).
 
-    We treat the network's guess of x_0 as if it were x_0, for which q_posterior describes x_{t-1}.
-    The guess is the mean of all x_0 that fit x_t. So x_{t-1} has the right mean, because that is
-    linear in x_0. We leave out how uncertain x_0 is. In a small step, that matters little.
+    x_0_hat is the network's guess of E[x_0 | x_t]. The mean of q_posterior is linear in x_0. So it
+    turns x_0_hat into E[x_{t-1} | x_t]. How x_0 spreads is left out: one step changes little.
     """
-    x_0_hat = guess_x_0(model, schedule, x_t, t, predict, limit)
+    output = model(x_t, torch.full((len(x_t),), t))
+    x_0_hat = output
+    if predict == "eps":
+        x_0_hat = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
+    x_0_hat = x_0_hat.clamp(-limit, limit)  # because dividing by a small signal magnifies errors
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
     # Without the clamp, mean is that of line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
     return mean + sigma * torch.randn_like(x_t)
-
-
-def guess_x_0(model, schedule, x_t, t, predict, limit):
-    """Return x_0_hat (B, D), a guess of x_0, given x_t (B, D) and t. Data are within limit."""
-    output = model(x_t, torch.full((len(x_t),), t))
-    x_0_from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
-    x_0_hat = {"eps": x_0_from_eps, "x_0": output}[predict]
-    return x_0_hat.clamp(-limit, limit)  # because dividing by a small signal magnifies errors
-
-
-def q_posterior(schedule, x_0, x_t, t):
-    """Return mean (B, D) and standard deviation of x_{t-1}, given x_0 and x_t (B, D): eq. 6 and 7.
-
-    By Bayes' rule, its density is proportional to the product of two bell curves in x_{t-1}:
-        q(x_{t-1} | x_0), with mean signal_prev * x_0 and variance noise_std_prev**2        (eq. 4)
-        q(x_t | x_{t-1}), with mean x_t / sqrt(1 - beta) and variance beta / (1 - beta)     (eq. 2)
-    This is a bell curve, too: precisions (1 / variance) add, and they weight the means.
-    The new variance is beta_tilde. The paper also tries beta, which is much larger at small t.
-    """
-    beta, noise_std = schedule.betas[t], schedule.noise_std[t]
-    signal_prev, noise_std_prev = schedule.signal[t - 1], schedule.noise_std[t - 1]
-    coef_x_0 = signal_prev * beta / noise_std**2  # noise_std**2 is 1 - alpha_bar
-    coef_x_t = (1 - beta) ** 0.5 * noise_std_prev**2 / noise_std**2
-    sigma = beta**0.5 * noise_std_prev / noise_std  # 0 for t = 1
-    return coef_x_0 * x_0 + coef_x_t * x_t, sigma
 
 
 @torch.no_grad()
@@ -210,22 +202,22 @@ def train(model, schedule, x_0, config):
 def draw(title, x, colour, data):
     """Return a picture (H, W, 3), uint8, of points x (N, 2) over the data, or digits (N, 784)."""
     figure = Figure(figsize=(4, 4.4), dpi=90)
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 4 / 4.4))  # the rest is for the title
     axes.set_axis_off()
     axes.set_title(title, fontsize=16)
     if x.shape[1] == 2:
         edge = 1.3 * data.abs().max().item()
         axes.axis((-edge, edge, -edge, edge))
-        axes.scatter(*data[:1000].T.cpu(), s=16, color="tab:blue", alpha=0.05, linewidths=0)
-        axes.scatter(*x[:300].T.cpu(), s=9, color=colour, linewidths=0)
+        axes.plot(*data[:1000].T.cpu(), ".", color="tab:blue", alpha=0.1)
+        axes.plot(*x[:300].T.cpu(), ".", color=colour)
     else:
         from torchvision.utils import make_grid
 
-        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)
-        axes.imshow(grid[0].numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
+        digits = x[:25].view(-1, 1, 28, 28).cpu()
+        axes.imshow(make_grid(digits, nrow=5)[0].numpy(), cmap="gray", vmin=-1, vmax=1)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba")
+    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(396, 360, 4)[..., :3]
 
 
 def snapshot(title, model, schedule, config):
@@ -260,12 +252,6 @@ def energy_distance(a, b):
 
 
 # %% 9. Files, command line, and main, which puts everything together
-CHOICES = f"choose {', '.join(DATASETS)}, a .npy or .csv file with two numbers a row, or mnist "
-CHOICES += "(offline: put {train,t10k}-{images-idx3,labels-idx1}-ubyte into DATA_DIR/MNIST/raw)"
-# The options that make a model. With --checkpoint, main takes them from model.pt, for run.json.
-MODEL = ["dataset", "predict", "num_timesteps", "embedding_size", "hidden_size", "hidden_layers"]
-
-
 def load_data(name, data_dir):
     """Return points (N, 2), or MNIST's training digits (60000, 784) with grey levels 0..255."""
     if name in DATASETS:
@@ -276,9 +262,11 @@ def load_data(name, data_dir):
 
             return MNIST(data_dir, download=True).data.flatten(1).float()
         points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
-        points = torch.from_numpy(points.astype(np.float32))
+        points = torch.tensor(np.float32(points))
     except Exception as error:
-        raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; {CHOICES}") from error
+        hint = f"choose {', '.join(DATASETS)}, mnist, or a .npy or .csv file (offline, mnist needs "
+        hint += "{train,t10k}-{images-idx3,labels-idx1}-ubyte in DATA_DIR/MNIST/raw)"
+        raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; {hint}") from error
     if points.shape[1:] != (2,) or len(points) < 100 or not 0 < points.std(0).max() < np.inf:
         sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 finite numbers")
     return points.repeat(1 + 7999 // len(points), 1)  # so an epoch has at least 8000 examples
@@ -291,7 +279,7 @@ def new_config(args):
     x_0, config.shift, config.scale = standardise(data)
     config.dim = x_0.shape[1]  # D: 2 or 784
     config.sizes = (config.dim, args.hidden_size, args.hidden_layers, args.embedding_size)
-    config.limit = x_0.abs().max()  # guess_x_0 stays within it
+    config.limit = x_0.abs().max()  # x_0_hat must stay within it
     config.examples = x_0[torch.randperm(len(x_0))[:8000]]  # for pictures, and to compare with
     return x_0, config
 
@@ -321,29 +309,36 @@ def load_checkpoint(path, device):
 def parse_options(argv):
     """Return the options."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    parser = ArgumentParser(usage="main.py [options]", description=__doc__.splitlines()[0])
-    flag = parser.add_argument
-    flag("--dataset", default="heart", help=CHOICES)
-    flag("--num_timesteps", type=int, default=200, help="number of diffusion steps T")
-    flag("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
-    flag("--embedding_size", type=int, default=32, choices=[8, 16, 32, 64, 100, 128], help="sines")
-    flag("--hidden_size", type=int, default=96, help="width of the network")
-    flag("--hidden_layers", type=int, default=2, help="residual blocks")
-    flag("--train_batch_size", type=int, default=1000, help="examples in a training step")
-    flag("--num_epochs", type=int, default=270, help="passes over the data")
-    flag("--learning_rate", type=float, default=1e-2, help="its highest value")
-    flag("--eval_batch_size", "--num_samples", type=int, default=2000, help="samples to draw")
-    flag("--show_image_step", type=int, default=8, help="diffusion steps between two frames")
-    flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")
-    flag("--output_dir", help="folder for all files [outputs/NAME]")
-    flag("--data_dir", default="data", help="holds MNIST/raw, or will")
-    flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
-    flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
+    parser = ArgumentParser(usage="main.py [options]", description="DDPM with an MLP")
+    option = parser.add_argument
+
+    def number(name, default, help):
+        option(name, type=type(default), default=default, help=help)
+
+    option("--dataset", default="heart", help="heart, swiss_roll, mnist, or a .npy or .csv file")
+    number("--num_timesteps", 200, "number of diffusion steps T")
+    option("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
+    number("--embedding_size", 32, "sines and cosines for each number, an even number of them")
+    number("--hidden_size", 96, "width of the network")
+    number("--hidden_layers", 2, "residual blocks")
+    number("--train_batch_size", 1000, "examples in a training step")
+    number("--num_epochs", 270, "passes over the data")
+    number("--learning_rate", 1e-2, "its highest value")
+    option("--num_samples", "--eval_batch_size", type=int, default=2000, help="samples to draw")
+    number("--show_image_step", 8, "diffusion steps between two frames")
+    option("--checkpoint", "--eval_path", help="model.pt to draw samples from")
+    option("--output_dir", help="folder for all files [outputs/NAME]")
+    option("--data_dir", default="data", help="holds MNIST/raw, or will")
+    number("--seed", 0, "the same seed and number of threads give the same samples")
+    option("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
     if args.dataset == "mnist":
-        parser.set_defaults(predict="x_0", hidden_size=768, hidden_layers=4, show_image_step=20)
+        parser.set_defaults(predict="x_0")  # pixels have patterns to be learned, noise has none
+        parser.set_defaults(hidden_size=768, hidden_layers=4, show_image_step=20)
         parser.set_defaults(train_batch_size=256, num_epochs=34, learning_rate=4e-3)
         args = parser.parse_args(argv)  # again, with these defaults
+    if args.embedding_size % 2 == 1:
+        parser.error(f"--embedding_size {args.embedding_size}: must be even")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 10_000:
             parser.error(f"--{name} {value}: must be positive, and at most 10,000")
@@ -362,8 +357,7 @@ def main(argv=None):
         name = Path(args.dataset).stem
     else:
         model, config = load_checkpoint(args.checkpoint, args.device)
-        vars(args).update({name: vars(config)[name] for name in MODEL})
-        name = Path(args.checkpoint).resolve().parent.name + "_samples"
+        name = Path(config.dataset).stem + "_samples"
     schedule = make_schedule(config.num_timesteps)
     out = Path(args.output_dir or f"outputs/{name}")
     out.mkdir(parents=True, exist_ok=True)
@@ -375,17 +369,23 @@ def main(argv=None):
         frames += 6 * [snapshot("after training", model, schedule, config)]  # 6: shown longer
         imageio.mimsave(out / "training.gif", frames, duration=400, loop=0)
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
-    x, frames, times = animate(model, schedule, config, args.eval_batch_size, args.show_image_step)
+    x, frames, times = animate(model, schedule, config, args.num_samples, args.show_image_step)
     imageio.mimsave(out / "process.gif", frames, duration=times, loop=0)
     imageio.imwrite(out / "samples.png", draw("samples", x, "tab:orange", config.examples))
     samples = (x * config.scale + config.shift).cpu()
     if config.dim == 784:
         samples = samples.round().clamp(0, 255).byte().view(-1, 28, 28)
-    np.save(out / "samples.npy", samples.numpy())
+    np.save(out / "samples.npy", samples)
+    distance = energy_distance(x, config.examples)
     real = config.examples[torch.randint(len(config.examples), (len(x),))]
-    distance, reference = [energy_distance(points, config.examples) for points in (x, real)]
-    facts = {"options": vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    facts |= {"energy distance": distance, "energy distance of real data": reference}
+    reference = energy_distance(real, config.examples)
+    facts = {
+        "options": vars(args),  # with --checkpoint, those of the model are in model.pt
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "energy distance": distance,
+        "energy distance of real data": reference,
+    }
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"{out}: energy distance to the data {distance:.4f}, of real data {reference:.4f}")
 
