@@ -1,7 +1,7 @@
 """DDPM with an MLP: Denoising Diffusion Probabilistic Models, complete, in one file.
 
 T small steps turn data into noise. A network learns to undo them, and makes new data from fresh
-noise (https://arxiv.org/abs/2006.11239). Sections 2 to 6 are the method, the others serve it.
+noise (https://arxiv.org/abs/2006.11239). Sections 2 to 7 are the method, the others serve it.
 
     python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
@@ -48,8 +48,7 @@ def standardise(data):
     if data.shape[1] == 784:
         shift = scale = torch.tensor(127.5)  # 0..255 becomes -1..1, as in the paper's section 3.3
     else:  # mean 0, variance 1, like the noise. Then all x_t have numbers of the same size.
-        shift = data.mean(dim=0)
-        scale = data.var(dim=0).mean().sqrt()
+        shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
 
@@ -59,8 +58,8 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise and eps are from N(0, I). signal**2, called alpha_bar, is the product of all 1 - beta so
-    far. noise_std**2 is 1 - alpha_bar: a step turns it into (1 - beta) * noise_std**2 + beta.
+    noise and eps are from N(0, I). signal**2, called alpha_bar, is the product of all 1 - beta. And
+    signal**2 + noise_std**2 stays 1: a step multiplies it by 1 - beta and adds beta.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
@@ -80,20 +79,18 @@ def q_sample(schedule, x_0, t, eps):
 def q_posterior(schedule, x_0, x_t, t):
     """Return mean (B, D) and standard deviation of x_{t-1}, given x_0, x_t (B, D) and one number t.
 
-    By Bayes' rule (eq. 6 and 7), its density is the product of two bell curves in x_{t-1}, scaled:
-        q(x_{t-1} | x_0), with mean signal_prev * x_0 and variance noise_std_prev**2        (eq. 4)
-        q(x_t | x_{t-1}), with mean x_t / sqrt(1 - beta) and variance beta / (1 - beta)     (eq. 2)
-    This is a bell curve, too. Precisions (1 / variance) add up to
-        1 / noise_std_prev**2 + (1 - beta) / beta = noise_std**2 / (beta * noise_std_prev**2),
-    and weight the means. The variance is beta_tilde; the paper also tries beta, larger at small t.
+    By Bayes' rule (eq. 6 and 7), its density is that of q(x_{t-1} | x_0) times q(x_t | x_{t-1}),
+    scaled. As functions of x_{t-1}, both are bell curves, and so is their product.
     """
     beta = schedule.betas[t]
-    noise_std = schedule.noise_std[t]
-    signal_prev, noise_std_prev = schedule.signal[t - 1], schedule.noise_std[t - 1]
-    coef_x_0 = signal_prev * beta / noise_std**2  # noise_std**2 is 1 - alpha_bar
-    coef_x_t = (1 - beta) ** 0.5 * noise_std_prev**2 / noise_std**2
-    sigma = beta**0.5 * noise_std_prev / noise_std  # 0 for t = 1
-    return coef_x_0 * x_0 + coef_x_t * x_t, sigma
+    mean_1 = schedule.signal[t - 1] * x_0  # of q(x_{t-1} | x_0): eq. 4
+    variance_1 = schedule.noise_std[t - 1] ** 2
+    mean_2 = x_t / (1 - beta) ** 0.5  # of q(x_t | x_{t-1}): eq. 2, solved for x_{t-1}
+    variance_2 = beta / (1 - beta)
+    weight_1 = variance_2 / (variance_1 + variance_2)  # smaller variance, larger weight
+    mean = weight_1 * mean_1 + (1 - weight_1) * mean_2
+    variance = weight_1 * variance_1  # beta_tilde. The paper also tries beta, larger at small t
+    return mean, variance**0.5
 
 
 # %% 4. Network
@@ -134,8 +131,9 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many x_0 and eps lead to the same x_t. Their mean, E[target | x_t], has the least squared error.
-    For eps, this is L_simple (eq. 14): the bound on -log p(x_0) (eq. 12) without its weights.
+    x_t does not tell which x_0 and eps it comes from. The guess with the least squared error is the
+    average of those that are possible, E[target | x_t]. For eps, the paper calls this loss L_simple
+    (eq. 14). A bound on -log p(x_0) is the sum of such losses over t, but with weights (eq. 12).
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -149,15 +147,16 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D).
 
-    x_0_hat is the network's guess of E[x_0 | x_t]. The mean of q_posterior is linear in x_0. So it
-    turns x_0_hat into E[x_{t-1} | x_t]. How x_0 spreads is left out: one step changes little.
+    To be exact, we would draw an x_0 that can lead to x_t, and then x_{t-1} from q_posterior. But we
+    use the average of these x_0, which is the network's guess. That changes little: at large t, x_0
+    has little weight in x_{t-1}, and at small t, only x_0 close together can lead to x_t.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
     if predict == "eps":
         x_0_hat = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = x_0_hat.clamp(-limit, limit)  # because dividing by a small signal magnifies errors
-    mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
+    mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)  # sigma is 0 for t = 1
     # Without the clamp, mean is that of line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
     return mean + sigma * torch.randn_like(x_t)
 
@@ -251,7 +250,7 @@ def energy_distance(a, b):
     return (2 * torch.cdist(a, b).mean() - within).item()
 
 
-# %% 9. Files, command line, and main, which puts everything together
+# %% 9. Files
 def load_data(name, data_dir):
     """Return points (N, 2), or MNIST's training digits (60000, 784) with grey levels 0..255."""
     if name in DATASETS:
@@ -279,7 +278,7 @@ def new_config(args):
     x_0, config.shift, config.scale = standardise(data)
     config.dim = x_0.shape[1]  # D: 2 or 784
     config.sizes = (config.dim, args.hidden_size, args.hidden_layers, args.embedding_size)
-    config.limit = x_0.abs().max()  # x_0_hat must stay within it
+    config.limit = x_0.abs().max()  # p_sample keeps x_0_hat within it
     config.examples = x_0[torch.randperm(len(x_0))[:8000]]  # for pictures, and to compare with
     return x_0, config
 
@@ -306,6 +305,7 @@ def load_checkpoint(path, device):
     return model, config
 
 
+# %% 10. Command line, and main, which puts everything together
 def parse_options(argv):
     """Return the options."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -333,7 +333,7 @@ def parse_options(argv):
     option("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
     if args.dataset == "mnist":
-        parser.set_defaults(predict="x_0")  # pixels have patterns to be learned, noise has none
+        parser.set_defaults(predict="x_0")  # for an MLP, easier to guess than noise
         parser.set_defaults(hidden_size=768, hidden_layers=4, show_image_step=20)
         parser.set_defaults(train_batch_size=256, num_epochs=34, learning_rate=4e-3)
         args = parser.parse_args(argv)  # again, with these defaults
@@ -362,7 +362,7 @@ def main(argv=None):
     out = Path(args.output_dir or f"outputs/{name}")
     out.mkdir(parents=True, exist_ok=True)
     if config.dim == 2:
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # in a small network, threads wait
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would wait for each other
     if args.checkpoint is None:
         frames = train(model, schedule, x_0, config)
         save_checkpoint(out / "model.pt", model, config)
