@@ -147,9 +147,9 @@ def loss_simple(model, schedule, x_0, predict):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D).
 
-    To be exact, we would draw an x_0 that can lead to x_t, and then x_{t-1} from q_posterior. But we
-    use the average of these x_0, which is the network's guess. That changes little: at large t, x_0
-    has little weight in x_{t-1}, and at small t, only x_0 close together can lead to x_t.
+    To be exact, we would draw an x_0 that can lead to x_t, then x_{t-1} from q_posterior. We put the
+    average of these x_0 in its place: the network's guess. That changes little. At large t, x_0
+    has little weight in x_{t-1}; at small t, only x_0 close together can lead to x_t.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
