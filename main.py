@@ -58,8 +58,8 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise and eps are from N(0, I). signal**2, called alpha_bar, is the product of all 1 - beta. And
-    signal**2 + noise_std**2 stays 1: a step multiplies it by 1 - beta and adds beta.
+    noise and eps are from N(0, I). signal**2, called alpha_bar, is the product of all 1 - beta. As
+    variances add, signal**2 + noise_std**2 stays 1: a step multiplies it by 1 - beta, adds beta.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
@@ -89,7 +89,7 @@ def q_posterior(schedule, x_0, x_t, t):
     variance_2 = beta / (1 - beta)
     weight_1 = variance_2 / (variance_1 + variance_2)  # smaller variance, larger weight
     mean = weight_1 * mean_1 + (1 - weight_1) * mean_2
-    variance = weight_1 * variance_1  # beta_tilde. The paper also tries beta, larger at small t
+    variance = weight_1 * variance_1  # beta_tilde. The paper also tries beta: larger, if t is small
     return mean, variance**0.5
 
 
@@ -133,7 +133,7 @@ def loss_simple(model, schedule, x_0, predict):
 
     x_t does not tell which x_0 and eps it comes from. The guess with the least squared error is the
     average of those that are possible, E[target | x_t]. For eps, the paper calls this loss L_simple
-    (eq. 14). A bound on -log p(x_0) is the sum of such losses over t, but with weights (eq. 12).
+    (eq. 14). The sum of such losses over t, but weighted (eq. 12), is a bound on -log p(x_0).
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -145,11 +145,11 @@ def loss_simple(model, schedule, x_0, predict):
 
 # %% 6. Sampling
 def p_sample(model, schedule, x_t, t, predict, limit):
-    """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D).
+    """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
 
-    To be exact, we would draw an x_0 that can lead to x_t, then x_{t-1} from q_posterior. We put the
-    average of these x_0 in its place: the network's guess. That changes little. At large t, x_0
-    has little weight in x_{t-1}; at small t, only x_0 close together can lead to x_t.
+    x_0_hat is the network's guess of the average of all x_0 that can lead to x_t. We take it for
+    x_0 itself. In one of many small steps, this changes little: x_0 has little weight in x_{t-1},
+    except at small t, and there only x_0 close together are likely.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
