@@ -70,27 +70,10 @@ def make_schedule(T):
     return Namespace(T=T, betas=betas, signal=signal, noise_std=noise_std)
 
 
-# %% 3. Forward process: q adds the noise
+# %% 3. Forward process
 def q_sample(schedule, x_0, t, eps):
     """Return x_t (B, D): x_0 (B, D) after the steps 1 to t (B,), in one jump (eq. 4)."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
-
-
-def q_posterior(schedule, x_0, x_t, t):
-    """Return mean (B, D) and standard deviation of x_{t-1}, given x_0, x_t (B, D) and one number t.
-
-    By Bayes' rule (eq. 6 and 7), its density is that of q(x_{t-1} | x_0) times q(x_t | x_{t-1}),
-    scaled. As functions of x_{t-1}, both are bell curves, and so is their product.
-    """
-    beta = schedule.betas[t]
-    mean_1 = schedule.signal[t - 1] * x_0  # of q(x_{t-1} | x_0): eq. 4
-    variance_1 = schedule.noise_std[t - 1] ** 2
-    mean_2 = x_t / (1 - beta) ** 0.5  # of q(x_t | x_{t-1}): eq. 2, solved for x_{t-1}
-    variance_2 = beta / (1 - beta)
-    weight_1 = variance_2 / (variance_1 + variance_2)  # smaller variance, larger weight
-    mean = weight_1 * mean_1 + (1 - weight_1) * mean_2
-    variance = weight_1 * variance_1  # beta_tilde. The paper also tries beta: larger, if t is small
-    return mean, variance**0.5
 
 
 # %% 4. Network
@@ -132,7 +115,7 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
     x_t does not tell which x_0 and eps it comes from. The guess with the least squared error is the
-    average of those that are possible, E[target | x_t]. For eps, the paper calls this loss L_simple
+    average of those that are possible, E[target | x_t, t]. For eps, the paper calls it L_simple
     (eq. 14). The sum of such losses over t, but weighted (eq. 12), is a bound on -log p(x_0).
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
@@ -144,12 +127,31 @@ def loss_simple(model, schedule, x_0, predict):
 
 
 # %% 6. Sampling
+# To undo step t, we draw x_{t-1}, given x_t. If x_0 is known, q_posterior says exactly how. It is
+# not. So p_sample guesses x_0 from x_t, and then does as if it were known.
+def q_posterior(schedule, x_0, x_t, t):
+    """Return mean (B, D) and standard deviation of x_{t-1}, given x_0, x_t (B, D) and one number t.
+
+    By Bayes' rule (eq. 6 and 7), its density is q(x_{t-1} | x_0) times q(x_t | x_{t-1}), scaled. As
+    functions of x_{t-1}, both are bell curves. Their product is one, too: inverse variances add up,
+    and the means are averaged with inverse variances as weights.
+    """
+    beta = schedule.betas[t]
+    mean_1 = schedule.signal[t - 1] * x_0  # of q(x_{t-1} | x_0): eq. 4
+    variance_1 = schedule.noise_std[t - 1] ** 2
+    mean_2 = x_t / (1 - beta) ** 0.5  # of q(x_t | x_{t-1}): eq. 2, solved for x_{t-1}
+    variance_2 = beta / (1 - beta)
+    weight_1 = variance_2 / (variance_1 + variance_2)  # smaller variance, larger weight
+    mean = weight_1 * mean_1 + (1 - weight_1) * mean_2
+    variance = weight_1 * variance_1  # beta_tilde. The paper also tries beta: larger, if t is small
+    return mean, variance**0.5
+
+
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
 
-    x_0_hat is the network's guess of the average of all x_0 that can lead to x_t. We take it for
-    x_0 itself. In one of many small steps, this changes little: x_0 has little weight in x_{t-1},
-    except at small t, and there only x_0 close together are likely.
+    x_0_hat is the average of all x_0 that may have led to x_t. Taking it for x_0 changes little: at
+    small t, x_t nearly tells what x_0 is, and at large t, x_0 has little weight (weight_1).
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
@@ -228,17 +230,16 @@ def snapshot(title, model, schedule, config):
 
 def animate(model, schedule, config, num_samples, every):
     """Return new samples x (num_samples, D), the frames of a GIF, and their times."""
-    x_0 = config.examples
     steps = [*range(0, schedule.T, every), schedule.T]  # the t to be seen
-    eps = torch.randn_like(x_0)  # the same in all pictures, so that you can follow a point
+    eps = torch.randn_like(config.examples)  # the same in all pictures: points can be followed
     frames = []
     for t in steps:
-        x_t = q_sample(schedule, x_0, torch.tensor([t]), eps)
-        frames.append(draw(f"adding noise: step {t}", x_t, "tab:blue", x_0))
+        x_t = q_sample(schedule, config.examples, torch.tensor([t]), eps)
+        frames.append(draw(f"adding noise: step {t}", x_t, "tab:blue", config.examples))
     chain = p_sample_loop(model, schedule, (num_samples, config.dim), config.predict, config.limit)
     for t, x in tqdm(chain, "sampling", total=schedule.T + 1):
         if t in steps:
-            frames.append(draw(f"removing noise: {t} left", x, "tab:orange", x_0))
+            frames.append(draw(f"removing noise: {t} left", x, "tab:orange", config.examples))
     times = [250 if t <= schedule.T / 4 else 80 for t in steps + steps[::-1]]  # milliseconds
     times[-1] = 3000
     return x, frames, times
@@ -263,8 +264,7 @@ def load_data(name, data_dir):
         points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
         points = torch.tensor(np.float32(points))
     except Exception as error:
-        hint = f"choose {', '.join(DATASETS)}, mnist, or a .npy or .csv file (offline, mnist needs "
-        hint += "{train,t10k}-{images-idx3,labels-idx1}-ubyte in DATA_DIR/MNIST/raw)"
+        hint = "see --help, or put {train,t10k}-{images-idx3,labels-idx1}-ubyte in data/MNIST/raw"
         raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; {hint}") from error
     if points.shape[1:] != (2,) or len(points) < 100 or not 0 < points.std(0).max() < np.inf:
         sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 finite numbers")
@@ -310,27 +310,27 @@ def parse_options(argv):
     """Return the options."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser = ArgumentParser(usage="main.py [options]", description="DDPM with an MLP")
-    option = parser.add_argument
+    flag = parser.add_argument
 
-    def number(name, default, help):
-        option(name, type=type(default), default=default, help=help)
+    def option(name, default, help):
+        parser.add_argument(name, type=type(default), default=default, help=help)
 
-    option("--dataset", default="heart", help="heart, swiss_roll, mnist, or a .npy or .csv file")
-    number("--num_timesteps", 200, "number of diffusion steps T")
-    option("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
-    number("--embedding_size", 32, "sines and cosines for each number, an even number of them")
-    number("--hidden_size", 96, "width of the network")
-    number("--hidden_layers", 2, "residual blocks")
-    number("--train_batch_size", 1000, "examples in a training step")
-    number("--num_epochs", 270, "passes over the data")
-    number("--learning_rate", 1e-2, "its highest value")
-    option("--num_samples", "--eval_batch_size", type=int, default=2000, help="samples to draw")
-    number("--show_image_step", 8, "diffusion steps between two frames")
-    option("--checkpoint", "--eval_path", help="model.pt to draw samples from")
-    option("--output_dir", help="folder for all files [outputs/NAME]")
-    option("--data_dir", default="data", help="holds MNIST/raw, or will")
-    number("--seed", 0, "the same seed and number of threads give the same samples")
-    option("--device", choices=[device, "cpu"], default=device, help="where to compute")
+    option("--dataset", "heart", "heart, swiss_roll, mnist, or a .npy or .csv file of points")
+    option("--num_timesteps", 200, "number of diffusion steps T, 20 or more")
+    flag("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
+    option("--embedding_size", 32, "sines and cosines for each number, an even number of them")
+    option("--hidden_size", 96, "width of the network")
+    option("--hidden_layers", 2, "residual blocks")
+    option("--train_batch_size", 1000, "examples in a training step")
+    option("--num_epochs", 270, "passes over the data")
+    option("--learning_rate", 1e-2, "its highest value")
+    flag("--num_samples", "--eval_batch_size", type=int, default=2000, help="samples to draw")
+    option("--show_image_step", 8, "diffusion steps between two frames")
+    flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")
+    flag("--output_dir", help="folder for all files [outputs/NAME]")
+    option("--data_dir", "data", "folder that holds MNIST/raw, or will")
+    option("--seed", 0, "the same seed and number of threads give the same samples")
+    flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
     if args.dataset == "mnist":
         parser.set_defaults(predict="x_0")  # for an MLP, easier to guess than noise
@@ -376,9 +376,9 @@ def main(argv=None):
     if config.dim == 784:
         samples = samples.round().clamp(0, 255).byte().view(-1, 28, 28)
     np.save(out / "samples.npy", samples)
-    distance = energy_distance(x, config.examples)
-    real = config.examples[torch.randint(len(config.examples), (len(x),))]
-    reference = energy_distance(real, config.examples)
+    data, real = config.examples.chunk(2)
+    distance = energy_distance(x, data)
+    reference = energy_distance(real[: len(x)], data)  # as if real data were the samples
     facts = {
         "options": vars(args),  # with --checkpoint, those of the model are in model.pt
         "threads": torch.get_num_threads(),
