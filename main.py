@@ -58,8 +58,8 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise and eps are from N(0, I). signal**2, called alpha_bar, is the product of all 1 - beta. As
-    variances add, signal**2 + noise_std**2 stays 1: a step multiplies it by 1 - beta, adds beta.
+    noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta up to t. A
+    step turns the variance v = noise_std**2 into (1 - beta) * v + beta, so that v is 1 - alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
@@ -115,8 +115,8 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
     x_t does not tell which x_0 and eps it comes from. The guess with the least squared error is the
-    average of those that are possible, E[target | x_t, t]. For eps, the paper calls it L_simple
-    (eq. 14). The sum of such losses over t, but weighted (eq. 12), is a bound on -log p(x_0).
+    average of those that are possible, E[target | x_t, t]. For eps, this loss is L_simple (eq. 14).
+    The sum of such losses over t, with weights (eq. 12), bounds -log p(x_0).
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -127,8 +127,8 @@ def loss_simple(model, schedule, x_0, predict):
 
 
 # %% 6. Sampling
-# To undo step t, we draw x_{t-1}, given x_t. If x_0 is known, q_posterior says exactly how. It is
-# not. So p_sample guesses x_0 from x_t, and then does as if it were known.
+# q is the density of the forward process. To undo step t, we draw x_{t-1}, given x_t. If x_0 is
+# known, q_posterior says exactly how. So p_sample guesses x_0, and does as if it were known.
 def q_posterior(schedule, x_0, x_t, t):
     """Return mean (B, D) and standard deviation of x_{t-1}, given x_0, x_t (B, D) and one number t.
 
@@ -143,15 +143,15 @@ def q_posterior(schedule, x_0, x_t, t):
     variance_2 = beta / (1 - beta)
     weight_1 = variance_2 / (variance_1 + variance_2)  # smaller variance, larger weight
     mean = weight_1 * mean_1 + (1 - weight_1) * mean_2
-    variance = weight_1 * variance_1  # beta_tilde. The paper also tries beta: larger, if t is small
+    variance = weight_1 * variance_1  # beta_tilde. The paper also tries beta, which is larger
     return mean, variance**0.5
 
 
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
 
-    x_0_hat is the average of all x_0 that may have led to x_t. Taking it for x_0 changes little: at
-    small t, x_t nearly tells what x_0 is, and at large t, x_0 has little weight (weight_1).
+    x_0_hat is the average of all x_0 that may have led to x_t. As the mean of q_posterior is linear
+    in x_0, x_{t-1} gets the right mean. If the step is small, its variance is nearly right, too.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
@@ -202,8 +202,8 @@ def train(model, schedule, x_0, config):
 # %% 8. Pictures and a score
 def draw(title, x, colour, data):
     """Return a picture (H, W, 3), uint8, of points x (N, 2) over the data, or digits (N, 784)."""
-    figure = Figure(figsize=(4, 4.4), dpi=90)
-    axes = figure.add_axes((0, 0, 1, 4 / 4.4))  # the rest is for the title
+    figure = Figure(figsize=(3.6, 4))
+    axes = figure.add_axes((0, 0, 1, 0.9))  # the rest is for the title
     axes.set_axis_off()
     axes.set_title(title, fontsize=16)
     if x.shape[1] == 2:
@@ -217,8 +217,8 @@ def draw(title, x, colour, data):
         digits = x[:25].view(-1, 1, 28, 28).cpu()
         axes.imshow(make_grid(digits, nrow=5)[0].numpy(), cmap="gray", vmin=-1, vmax=1)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="rgba")
-    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(396, 360, 4)[..., :3]
+    figure.savefig(buffer, format="rgba", dpi=100)
+    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(400, 360, 4)[..., :3]
 
 
 def snapshot(title, model, schedule, config):
@@ -266,7 +266,7 @@ def load_data(name, data_dir):
     except Exception as error:
         hint = "see --help, or put {train,t10k}-{images-idx3,labels-idx1}-ubyte in data/MNIST/raw"
         raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; {hint}") from error
-    if points.shape[1:] != (2,) or len(points) < 100 or not 0 < points.std(0).max() < np.inf:
+    if points.shape[1:] != (2,) or len(points) < 100 or not 0 < points.std(0).max() < 1e30:
         sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 finite numbers")
     return points.repeat(1 + 7999 // len(points), 1)  # so an epoch has at least 8000 examples
 
@@ -309,14 +309,14 @@ def load_checkpoint(path, device):
 def parse_options(argv):
     """Return the options."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    parser = ArgumentParser(usage="main.py [options]", description="DDPM with an MLP")
+    parser = ArgumentParser(usage="main.py [options]")
     flag = parser.add_argument
 
     def option(name, default, help):
         parser.add_argument(name, type=type(default), default=default, help=help)
 
     option("--dataset", "heart", "heart, swiss_roll, mnist, or a .npy or .csv file of points")
-    option("--num_timesteps", 200, "number of diffusion steps T, 20 or more")
+    option("--num_timesteps", 200, "number of diffusion steps T, from 20 to 1000 or so")
     flag("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
     option("--embedding_size", 32, "sines and cosines for each number, an even number of them")
     option("--hidden_size", 96, "width of the network")
@@ -337,7 +337,7 @@ def parse_options(argv):
         parser.set_defaults(hidden_size=768, hidden_layers=4, show_image_step=20)
         parser.set_defaults(train_batch_size=256, num_epochs=34, learning_rate=4e-3)
         args = parser.parse_args(argv)  # again, with these defaults
-    if args.embedding_size % 2 == 1:
+    if args.embedding_size % 2:
         parser.error(f"--embedding_size {args.embedding_size}: must be even")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and name != "seed" and not 0 < value <= 10_000:
@@ -376,9 +376,9 @@ def main(argv=None):
     if config.dim == 784:
         samples = samples.round().clamp(0, 255).byte().view(-1, 28, 28)
     np.save(out / "samples.npy", samples)
-    data, real = config.examples.chunk(2)
-    distance = energy_distance(x, data)
-    reference = energy_distance(real[: len(x)], data)  # as if real data were the samples
+    distance = energy_distance(x, config.examples)
+    real = config.examples[torch.randint(len(config.examples), (len(x),))]
+    reference = energy_distance(real, config.examples)  # as if the samples were real
     facts = {
         "options": vars(args),  # with --checkpoint, those of the model are in model.pt
         "threads": torch.get_num_threads(),

@@ -1,7 +1,4 @@
-"""Tests of main.py: its mathematics against the paper's equations and Bayes' rule on a grid.
-
-Training and animation are watched step by step. Then the script runs whole, only smaller.
-"""
+"""Tests of main.py: its mathematics, its training and animation step by step, and small runs."""
 
 import inspect
 import json
@@ -10,20 +7,12 @@ import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import conftest
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    BAD_CHECKPOINTS,
-    content,
-    digits,
-    error_of,
-    exact_schedule,
-    gif_milliseconds,
-    run_script,
-    write_bad_checkpoints,
-)
+from conftest import BAD_CHECKPOINTS, content, digits, error_of, exact_schedule, run_script
 from numpy.testing import assert_allclose
 from torch.testing import assert_close
 
@@ -248,11 +237,11 @@ def test_training_run(heart_dir):
     """Its files, and the energy distance in run.json against its definition."""
     names = {"model.pt", "training.gif", "process.gif", "samples.png", "samples.npy", "run.json"}
     assert set(content(heart_dir)) == names
-    assert gif_milliseconds(heart_dir / "process.gif") == [250, 80, 80, 3000]
+    assert conftest.gif_milliseconds(heart_dir / "process.gif") == [250, 80, 80, 3000]
     facts = json.loads((heart_dir / "run.json").read_text())
     config = torch.load(heart_dir / "model.pt")["config"]
     x = (torch.from_numpy(np.load(heart_dir / "samples.npy")) - config["shift"]) / config["scale"]
-    data = config["examples"][:4000]
+    data = config["examples"]
     distance = (2 * torch.cdist(x, data).mean() - torch.cdist(x, x).mean()).item()
     distance -= torch.cdist(data, data).mean().item()
     assert facts["energy distance"] == pytest.approx(distance, rel=1e-3)
@@ -337,7 +326,7 @@ BAD += ["--embedding_size 7", "--output_dir file"]
 @pytest.mark.parametrize("options", BAD)
 def test_bad_input(options, heart_dir, tmp_path, capsys):
     """One line names the option or its value, and nothing is written."""
-    write_bad_checkpoints(tmp_path, heart_dir / "model.pt", "weights")
+    conftest.write_bad_checkpoints(tmp_path, heart_dir / "model.pt", "weights")
     for name, text in BAD_FILES.items():
         (tmp_path / name).write_text(text)
     flag, value = options.split()

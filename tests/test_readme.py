@@ -1,7 +1,4 @@
-"""Tests of README.md: commands parse, and flags, files, links, pictures and functions exist.
-
-The algorithm's lines are those of main.py, answers run, and each script is short, and alone.
-"""
+"""Tests of README.md: what it names exists, its code is that of main.py, and its answers run."""
 
 import ast
 import contextlib
@@ -73,6 +70,17 @@ def test_algorithm_is_that_of_main():
         shown = lines_of("".join(code for kind, code in FENCE.findall(text) if kind == "python"))
         assert set(shown) - set(lines_of(SOURCES["main.py"])) == set()
     assert 14 <= len(shown) <= 38
+
+
+def test_plain_loop_draws_what_main_draws():
+    (code,) = [text for kind, text in BLOCKS if kind == "py"]
+    schedule = main.make_schedule(50)
+    names = {"torch": torch, "model": lambda x, t: 0.9 * x, **vars(schedule)}
+    torch.manual_seed(0)
+    exec(code, names)  # noqa: S102
+    torch.manual_seed(0)
+    *_, (_, x) = main.p_sample_loop(names["model"], schedule, (1000, 2), "eps", limit=1e9)
+    torch.testing.assert_close(names["x"], x, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("code", [text for _, text in BLOCKS if "assert" in text])
