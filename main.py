@@ -58,8 +58,9 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta up to t. A
-    step turns the variance v = noise_std**2 into (1 - beta) * v + beta, so that v is 1 - alpha_bar.
+    noise and eps are from N(0, I); eps is all the noises of t steps, merged into one. signal**2 is
+    alpha_bar, the product of all 1 - beta so far. noise_std**2 is 1 - alpha_bar: by eq. 2, a step
+    turns it into (1 - beta) * (1 - alpha_bar) + beta, and that is 1 - (1 - beta) * alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
@@ -114,9 +115,8 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    x_t does not tell which x_0 and eps it comes from. The guess with the least squared error is the
-    average of those that are possible, E[target | x_t, t]. For eps, this loss is L_simple (eq. 14).
-    The sum of such losses over t, with weights (eq. 12), bounds -log p(x_0).
+    Many pairs of x_0 and eps lead to the same x_t. The best guess, with the least squared error, is
+    the average target of these pairs. For eps, this is L_simple (eq. 14): eq. 12, but no weights.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -128,13 +128,12 @@ def loss_simple(model, schedule, x_0, predict):
 
 # %% 6. Sampling
 # q is the density of the forward process. To undo step t, we draw x_{t-1}, given x_t. If x_0 is
-# known, q_posterior says exactly how. So p_sample guesses x_0, and does as if it were known.
+# known, q_posterior says exactly how. So p_sample guesses x_0, and takes its guess for x_0.
 def q_posterior(schedule, x_0, x_t, t):
     """Return mean (B, D) and standard deviation of x_{t-1}, given x_0, x_t (B, D) and one number t.
 
-    By Bayes' rule (eq. 6 and 7), its density is q(x_{t-1} | x_0) times q(x_t | x_{t-1}), scaled. As
-    functions of x_{t-1}, both are bell curves. Their product is one, too: inverse variances add up,
-    and the means are averaged with inverse variances as weights.
+    By Bayes' rule, q(x_{t-1} | x_t, x_0) is q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled (eq. 7). Both
+    are bell curves in x_{t-1}. So is the product: inverse variances add, and weight the means.
     """
     beta = schedule.betas[t]
     mean_1 = schedule.signal[t - 1] * x_0  # of q(x_{t-1} | x_0): eq. 4
@@ -150,16 +149,17 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
 
-    x_0_hat is the average of all x_0 that may have led to x_t. As the mean of q_posterior is linear
-    in x_0, x_{t-1} gets the right mean. If the step is small, its variance is nearly right, too.
+    x_0_hat is the average of all x_0 that may have led to x_t. If we take it for x_0, the mean of
+    x_{t-1} is right, because it is linear in x_0. Only the variance of x_{t-1} is too small. But in
+    a small step, it hardly matters which of these x_0 is the true one.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
     if predict == "eps":
         x_0_hat = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = x_0_hat.clamp(-limit, limit)  # because dividing by a small signal magnifies errors
-    mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)  # sigma is 0 for t = 1
-    # Without the clamp, mean is that of line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta).
+    mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
+    # line 4: unclamped, mean is (x_t - beta / noise_std * output) / sqrt(1 - beta); sigma_1 is 0
     return mean + sigma * torch.randn_like(x_t)
 
 
@@ -362,7 +362,7 @@ def main(argv=None):
     out = Path(args.output_dir or f"outputs/{name}")
     out.mkdir(parents=True, exist_ok=True)
     if config.dim == 2:
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # more would wait for each other
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more do not help so small a net
     if args.checkpoint is None:
         frames = train(model, schedule, x_0, config)
         save_checkpoint(out / "model.pt", model, config)
