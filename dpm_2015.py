@@ -65,21 +65,21 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion
 # q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
-# 1. q is reversible: prior(a) q(b | a) = prior(b) q(a | b).
-# 2. So if x_{t-1} is pure noise, the true step back is one more step of q, by Bayes' rule.
-# 3. For noisy data and small steps, it is nearly that. So p is a step of q, corrected by a network.
+# 1. q is reversible: prior(a) q(b | a) = prior(b) q(a | b). For both kinds you can write this out.
+# 2. So if x_{t-1} came from the prior, Bayes' rule would make the step back one more step of q.
+# 3. It came from data. In small steps, that changes little: p is a step of q, which z corrects.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
     sample = staticmethod(Normal.rsample)  # sample(q) is q.rsample(): gradients reach the betas
-    z_per_x = 2  # the network returns z_mu and z_sigma
+    z_per_x = 2  # a network computes z_mu and z_sigma for each number
 
     def __init__(self, T, beta_1, learn_betas):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        # alpha_bar_t = (1 - beta_1) ... (1 - beta_t) is x_0's share of the variance of x_t. Before
-        # training, its log-odds fall evenly, from those of 1 - beta_1 to -7: alpha_bar_T = 0.001.
+        # alpha_bar_t is x_0's share of the variance of x_t. Before training, its log-odds,
+        # log(alpha_bar / (1 - alpha_bar)), fall evenly, down to -7, where alpha_bar_T is 0.001.
         self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # (T,)
         log_alpha_bars = nn.functional.logsigmoid(self.log_odds)  # sigmoid undoes log-odds
         betas = -torch.expm1(log_alpha_bars.diff())  # (T - 1,): 1 - alpha_bar_t / alpha_bar_{t-1}
@@ -90,13 +90,13 @@ class Gaussian(nn.Module):
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)
-        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # of all 1 - beta in between, multiplied
-        stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise for small steps
+        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # alpha: product of 1 - beta, s to t
+        stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise if alpha is near 1
         return Normal((log_alpha / 2).exp() * x, stddev)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
-        # Bayes' rule: q(x_{t-1} | x_0) times q(x_t | x_{t-1}), a bell curve in x_{t-1} of precision
-        # (1 - beta) / beta and mean x_t / sqrt(1 - beta). Precisions and precision * mean add up.
+        # Bayes' rule: q(x_{t-1} | x_0) times q(x_t | x_{t-1}), a bell curve in x_{t-1} of mean
+        # x_t / sqrt(1 - beta), variance beta / (1 - beta). 1 / variance and mean / variance add up.
         before = self.q(x_0, 0, t - 1)
         beta = self.q(x_t, t - 1, t).variance  # the same for any x
         variance = 1 / (1 / before.variance + (1 - beta) / beta)
@@ -104,15 +104,15 @@ class Gaussian(nn.Module):
         return Normal(mean, variance.sqrt())
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
-        step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
+        step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t. If z = 0, p is this step
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # as in the authors' code, not as in eq. 65
+        mu = step.mean + step.stddev * z_mu  # the authors' code; eq. 65 differs
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
         return Normal(mu, variance.sqrt())
 
 
 class Binomial(nn.Module):
-    """Diffusion of binary data. With probability beta_t, a step draws a bit from the prior."""
+    """Diffusion of bits: a step keeps a bit, or with probability beta_t draws it from the prior."""
 
     sample = staticmethod(Bernoulli.sample)
     z_per_x = 1
@@ -123,7 +123,7 @@ class Binomial(nn.Module):
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
         self.register_buffer("alpha_bars", 1 - torch.arange(T + 1) / T)  # beta_t = 1 / (T - t + 1)
-        self.log_odds = self.alpha_bars[1:].logit().clamp(min=-8)  # for temporal_basis
+        self.log_odds = self.alpha_bars[1:].logit().clamp(min=-8)  # not -infinity at T
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
@@ -145,19 +145,19 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    K is a mean over data and q. By Jensen's inequality, the mean of log p(x_0) is at least that of
-        log p(x_T) + sum_{t=1}^T [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ].
-    1. log prior(x) depends on x^2 alone (bits: on x). The mean of x^2 is 1 in data and prior, and a
-       step of q keeps it. So log prior(x_t) has the mean -H_prior for all t, and so has log p(x_T).
-    2. For p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket of t = 1 is
-       log prior(x_0) - log prior(x_1). Its mean is 0.
-    3. For t >= 2, by Bayes' rule, the bracket is
-        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0) - log q(x_t | x_0) + log q(x_{t-1} | x_0).
-       The first two make a KL. The sum over t leaves -log q(x_T | x_0) + log q(x_1 | x_0) of the
-       others, and the mean of that is a difference of entropies. Together:
-        K = - sum_{t=2}^T E_q KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
-            + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior.
-    If z = 0, every bracket is like that of t = 1, and K = L_null, the mean of log prior(x_0).
+    E is the mean over data and q. K is the right side of Jensen's inequality:
+        E log p(x_0) >= E log p(x_T) + sum_{t=1}^T E [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ]
+    - E log p(x_T) is -H_prior, because log prior(x) depends on x^2 alone (bits: on x). The mean of
+      x^2 is 1 in data and prior, and steps of q keep it. So E log prior(x_t) is the same for all t.
+    - t = 1: for p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket is
+      log prior(x_0) - log prior(x_1), and that has the mean 0.
+    - t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0): Bayes. So
+        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)     gives -KL, on average, and
+        log q(x_{t-1} | x_0) - log q(x_t | x_0)              telescopes, if summed over t.
+    Together:
+        K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
+            + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior
+    If z = 0, all brackets are as for t = 1, and K is L_null, the mean of log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -172,12 +172,12 @@ def bound(model, x_0):
     return K / math.log(2), t
 
 
-# %% 4. The network: outputs are mixed according to t (the paper has one for each kind of data)
+# %% 4. The network (the paper has one for each data set; eq. 62 is the same for all)
 class Model(nn.Module):
-    """A diffusion process, and the network that learns to undo it.
+    """A diffusion process, and the network that learns to undo it: z = sum_j g_j(t) y_j(x_t).
 
     From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
-    for all D, turns a number and its features into 10 outputs y_j for z, or for z_mu and z_sigma.
+    for all D, turns a number and its features into y_1, ..., y_10, for each z. g_j(t) are weights.
     """
 
     def __init__(self, process, D, H, features=4):
@@ -211,8 +211,8 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Turn draws x (B, D) from the prior into data. Yield (t, x) for t = T, ..., 0.
 
-    x ends as x_0 (B, D) where known (D,) is true. There, x is as noisy as elsewhere (in the paper,
-    section 2.5, it is not), and steps are repeated: RePaint, arXiv 2201.09865, Algorithm 1.
+    Where known (D,) is true, x is x_0 (B, D), noised to the same t (in section 2.5, it is clean).
+    Steps are repeated, so that the unknown part can adapt to the known one: arXiv 2201.09865.
     """
     process = model.process
     x = process.prior.sample(x_0.shape)

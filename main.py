@@ -59,8 +59,8 @@ def make_schedule(T):
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
     noise and eps are from N(0, I); eps is all the noises of t steps, merged into one. signal**2 is
-    alpha_bar, the product of all 1 - beta so far. noise_std**2 is 1 - alpha_bar: by eq. 2, a step
-    turns it into (1 - beta) * (1 - alpha_bar) + beta, and that is 1 - (1 - beta) * alpha_bar.
+    alpha_bar, the product of all 1 - beta so far, and noise_std**2 is 1 - alpha_bar: a step turns
+    1 - alpha_bar into (1 - beta) * (1 - alpha_bar) + beta, and that is 1 - (1 - beta) * alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
@@ -115,8 +115,8 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many pairs of x_0 and eps lead to the same x_t. The best guess, with the least squared error, is
-    the average target of these pairs. For eps, this is L_simple (eq. 14): eq. 12, but no weights.
+    Many pairs of x_0 and eps lead to one x_t. The best output, with the least squared error, is
+    their average target. For eps, this loss is L_simple (eq. 14): eq. 12, but without its weights.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -128,30 +128,31 @@ def loss_simple(model, schedule, x_0, predict):
 
 # %% 6. Sampling
 # q is the density of the forward process. To undo step t, we draw x_{t-1}, given x_t. If x_0 is
-# known, q_posterior says exactly how. So p_sample guesses x_0, and takes its guess for x_0.
+# known, q_posterior says exactly how. So p_sample guesses x_0, and uses the guess in its place.
 def q_posterior(schedule, x_0, x_t, t):
     """Return mean (B, D) and standard deviation of x_{t-1}, given x_0, x_t (B, D) and one number t.
 
     By Bayes' rule, q(x_{t-1} | x_t, x_0) is q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled (eq. 7). Both
-    are bell curves in x_{t-1}. So is the product: inverse variances add, and weight the means.
+    are bell curves in x_{t-1}. In the product, inverse variances add up, and weight the two means.
     """
     beta = schedule.betas[t]
-    mean_1 = schedule.signal[t - 1] * x_0  # of q(x_{t-1} | x_0): eq. 4
-    variance_1 = schedule.noise_std[t - 1] ** 2
-    mean_2 = x_t / (1 - beta) ** 0.5  # of q(x_t | x_{t-1}): eq. 2, solved for x_{t-1}
-    variance_2 = beta / (1 - beta)
-    weight_1 = variance_2 / (variance_1 + variance_2)  # smaller variance, larger weight
-    mean = weight_1 * mean_1 + (1 - weight_1) * mean_2
-    variance = weight_1 * variance_1  # beta_tilde. The paper also tries beta, which is larger
+    mean_from_x_0 = schedule.signal[t - 1] * x_0  # eq. 4
+    variance_from_x_0 = schedule.noise_std[t - 1] ** 2
+    mean_from_x_t = x_t / (1 - beta) ** 0.5  # eq. 2, solved for x_{t-1}
+    variance_from_x_t = beta / (1 - beta)
+    weight = variance_from_x_t / (variance_from_x_0 + variance_from_x_t)  # share of 1 / variance
+    mean = weight * mean_from_x_0 + (1 - weight) * mean_from_x_t
+    variance = weight * variance_from_x_0  # beta_tilde. The paper also tries beta, which is larger
     return mean, variance**0.5
 
 
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
 
-    x_0_hat is the average of all x_0 that may have led to x_t. If we take it for x_0, the mean of
-    x_{t-1} is right, because it is linear in x_0. Only the variance of x_{t-1} is too small. But in
-    a small step, it hardly matters which of these x_0 is the true one.
+    x_t is a mix of x_0 and eps, so an average of one gives that of the other: x_0_hat is an average
+    of all x_0 that may have led to x_t. With it, the mean of x_{t-1} is right, as that is linear in
+    x_0. The variance is too small, as we ignore how much x_0 can vary. In small steps, it is nearly
+    right: at large t, x_0 has little weight, and at small t, x_t nearly tells what x_0 is.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
@@ -159,7 +160,7 @@ def p_sample(model, schedule, x_t, t, predict, limit):
         x_0_hat = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
     x_0_hat = x_0_hat.clamp(-limit, limit)  # because dividing by a small signal magnifies errors
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)
-    # line 4: unclamped, mean is (x_t - beta / noise_std * output) / sqrt(1 - beta); sigma_1 is 0
+    # Without clamp, this is line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta) + sigma * z.
     return mean + sigma * torch.randn_like(x_t)
 
 
@@ -214,8 +215,8 @@ def draw(title, x, colour, data):
     else:
         from torchvision.utils import make_grid
 
-        digits = x[:25].view(-1, 1, 28, 28).cpu()
-        axes.imshow(make_grid(digits, nrow=5)[0].numpy(), cmap="gray", vmin=-1, vmax=1)
+        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0].numpy()
+        axes.imshow(grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="rgba", dpi=100)
     return np.frombuffer(buffer.getvalue(), np.uint8).reshape(400, 360, 4)[..., :3]
@@ -251,7 +252,7 @@ def energy_distance(a, b):
     return (2 * torch.cdist(a, b).mean() - within).item()
 
 
-# %% 9. Files
+# %% 9. Files, command line, and main, which puts everything together
 def load_data(name, data_dir):
     """Return points (N, 2), or MNIST's training digits (60000, 784) with grey levels 0..255."""
     if name in DATASETS:
@@ -305,7 +306,6 @@ def load_checkpoint(path, device):
     return model, config
 
 
-# %% 10. Command line, and main, which puts everything together
 def parse_options(argv):
     """Return the options."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -73,9 +73,9 @@ def strip(schedule, x_0, network, limit):
 def guess(schedule, x_0):
     """Draw which data a noisy point may come from, and their average, at four steps."""
     figure, (panels,) = new_figure(1, 4, height=2.9)
-    x_t = torch.tensor([[1.35, 0.3]])
+    x_t = torch.tensor([[1.35, 0.3]])  # divided by signal
     for axes, step in zip(panels, (100, 50, 20, 10)):
-        distances = torch.cdist(x_t, schedule.signal[step] * x_0) / schedule.noise_std[step]
+        distances = torch.cdist(x_t, x_0) * schedule.signal[step] / schedule.noise_std[step]
         probability = (-(distances**2) / 2).softmax(dim=1)
         likely = x_0[probability[0].multinomial(400, replacement=True)]
         axes.scatter(*x_0[::8].T, s=2, color=BLUE, alpha=0.3, linewidths=0)
@@ -174,7 +174,7 @@ RAW = {
     "2 * embedding_size if data_dim == 2 else data_dim": "data_dim",
     "if x_t.shape[1] == 2": "if False",
 }
-BETA = {"variance = weight_1 * variance_1": "variance = beta * (t > 1)"}
+BETA = {"variance = weight * variance_from_x_0": "variance = beta * (t > 1)"}
 EXPERIMENTS = [
     ("T = 20", "--num_timesteps 20", {}),
     ("T = 50", "--num_timesteps 50", {}),
