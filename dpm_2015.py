@@ -90,7 +90,7 @@ class Gaussian(nn.Module):
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)
-        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # alpha: product of 1 - beta, s to t
+        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # alpha: 1 - beta of steps s + 1 to t
         stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise if alpha is near 1
         return Normal((log_alpha / 2).exp() * x, stddev)
 
@@ -147,8 +147,8 @@ def bound(model, x_0):
 
     E is the mean over data and q. K is the right side of Jensen's inequality:
         E log p(x_0) >= E log p(x_T) + sum_{t=1}^T E [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ]
-    - E log p(x_T) is -H_prior, because log prior(x) depends on x^2 alone (bits: on x). The mean of
-      x^2 is 1 in data and prior, and steps of q keep it. So E log prior(x_t) is the same for all t.
+    - log prior(x) depends on x^2 alone (bits: on x). The mean of x^2 is 1 in data and prior, and a
+      step of q keeps it. So E log prior(x_t) is -H_prior for all t, and so is E log p(x_T).
     - t = 1: for p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket is
       log prior(x_0) - log prior(x_1), and that has the mean 0.
     - t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0): Bayes. So
@@ -209,9 +209,9 @@ class Model(nn.Module):
 # %% 5. Sampling and inpainting
 @torch.no_grad()
 def p_sample_loop(model, x_0, known, passes):
-    """Turn draws x (B, D) from the prior into data. Yield (t, x) for t = T, ..., 0.
+    """Draw x (B, D) from the prior and turn it into data. Yield (t, x) for t = T, ..., 0.
 
-    Where known (D,) is true, x is x_0 (B, D), noised to the same t (in section 2.5, it is clean).
+    Where known (D,) is true, x is x_0 (B, D), noised to the same t (clean in the paper's 2.5).
     Steps are repeated, so that the unknown part can adapt to the known one: arXiv 2201.09865.
     """
     process = model.process

@@ -174,7 +174,7 @@ RAW = {
     "2 * embedding_size if data_dim == 2 else data_dim": "data_dim",
     "if x_t.shape[1] == 2": "if False",
 }
-BETA = {"variance = weight * variance_from_x_0": "variance = beta * (t > 1)"}
+BETA = {"variance = weight * variance_0": "variance = beta * (t > 1)"}
 EXPERIMENTS = [
     ("T = 20", "--num_timesteps 20", {}),
     ("T = 50", "--num_timesteps 50", {}),
