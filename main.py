@@ -210,7 +210,7 @@ def draw(title, x, colour, data):
     if x.shape[1] == 2:
         edge = 1.3 * data.abs().max().item()
         axes.axis((-edge, edge, -edge, edge))
-        axes.plot(*data[:1000].T.cpu(), ".", color="tab:blue", alpha=0.1)
+        axes.plot(*data[:1000].T.cpu(), ".", color="tab:blue", alpha=0.05)
         axes.plot(*x[:300].T.cpu(), ".", color=colour)
     else:
         from torchvision.utils import make_grid
