@@ -67,7 +67,7 @@ def load_data(dataset, data_dir):
 # q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
 # 1. q is reversible: prior(a) q(b | a) = prior(b) q(a | b). For both kinds you can write this out.
 # 2. So if x_{t-1} came from the prior, Bayes' rule would make the step back one more step of q.
-# 3. It came from data. In small steps, that changes little: p is a step of q, which z corrects.
+# 3. It came from data. If steps are small, the form is the same: p is a step of q, corrected by z.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -147,17 +147,17 @@ def bound(model, x_0):
 
     E is the mean over data and q. K is the right side of Jensen's inequality:
         E log p(x_0) >= E log p(x_T) + sum_{t=1}^T E [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ]
-    - log prior(x) depends on x^2 alone (bits: on x). The mean of x^2 is 1 in data and prior, and a
+    * log prior(x) depends on x^2 alone (bits: on x). The mean of x^2 is 1 in data and prior, and a
       step of q keeps it. So E log prior(x_t) is -H_prior for all t, and so is E log p(x_T).
-    - t = 1: for p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket is
+    * t = 1: for p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket is
       log prior(x_0) - log prior(x_1), and that has the mean 0.
-    - t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0): Bayes. So
+    * t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0): Bayes. So
         log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)     gives -KL, on average, and
         log q(x_{t-1} | x_0) - log q(x_t | x_0)              telescopes, if summed over t.
     Together:
         K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
             + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior
-    If z = 0, all brackets are as for t = 1, and K is L_null, the mean of log prior(x_0).
+    If z = 0, all brackets have the mean 0, as for t = 1, and K is L_null = E log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -211,7 +211,7 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Draw x (B, D) from the prior and turn it into data. Yield (t, x) for t = T, ..., 0.
 
-    Where known (D,) is true, x is x_0 (B, D), noised to the same t (clean in the paper's 2.5).
+    Where known (D,) is true, x is x_0 (B, D), noised to t - 1 in step t (clean in the paper's 2.5).
     Steps are repeated, so that the unknown part can adapt to the known one: arXiv 2201.09865.
     """
     process = model.process

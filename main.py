@@ -47,7 +47,7 @@ def standardise(data):
     """Return x_0 = (data - shift) / scale for data (N, D), and this shift and scale."""
     if data.shape[1] == 784:
         shift = scale = torch.tensor(127.5)  # 0..255 becomes -1..1, as in the paper's section 3.3
-    else:  # mean 0, variance 1, like the noise. Then all x_t have numbers of the same size.
+    else:  # mean 0, average variance 1, like noise. Then all x_t have numbers of the same size.
         shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
@@ -116,7 +116,7 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
     Many pairs of x_0 and eps lead to one x_t. The best output, with the least squared error, is
-    their average target. For eps, this loss is L_simple (eq. 14): eq. 12, but without its weights.
+    their (weighted) average target. For eps, this is L_simple (eq. 14): eq. 12 without its weights.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -151,8 +151,8 @@ def p_sample(model, schedule, x_t, t, predict, limit):
 
     x_t is a mix of x_0 and eps, so an average of one gives that of the other: x_0_hat is an average
     of all x_0 that may have led to x_t. With it, the mean of x_{t-1} is right, as it is linear in
-    x_0. Its variance is too small, because x_0 may differ from x_0_hat. In small steps, this hardly
-    matters: x_0 has little weight, or (at small t) x_t nearly tells what x_0 is.
+    x_0. Its variance is too small, as x_0 may differ from x_0_hat. In small steps, this hardly
+    matters: at large t, x_0 has little weight; at small t, the missing noise is too small to see.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
