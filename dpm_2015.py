@@ -67,7 +67,7 @@ def load_data(dataset, data_dir):
 # q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
 # 1. q is reversible: prior(a) q(b | a) = prior(b) q(a | b). For both kinds you can write this out.
 # 2. So if x_{t-1} came from the prior, Bayes' rule would make the step back one more step of q.
-# 3. It came from data. If steps are small, the form is the same: p is a step of q, corrected by z.
+# 3. It comes from data. If steps are small, only the parameters change. A network corrects them: z.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -90,7 +90,7 @@ class Gaussian(nn.Module):
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)
-        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # alpha: 1 - beta of steps s + 1 to t
+        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # alpha: product of 1 - beta, s + 1..t
         stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise if alpha is near 1
         return Normal((log_alpha / 2).exp() * x, stddev)
 
@@ -152,8 +152,8 @@ def bound(model, x_0):
     * t = 1: for p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket is
       log prior(x_0) - log prior(x_1), and that has the mean 0.
     * t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0): Bayes. So
-        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)     gives -KL, on average, and
-        log q(x_{t-1} | x_0) - log q(x_t | x_0)              telescopes, if summed over t.
+        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)     has the mean -KL, and
+        log q(x_{t-1} | x_0) - log q(x_t | x_0)     sums up to log q(x_1 | x_0) - log q(x_T | x_0).
     Together:
         K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
             + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior
@@ -180,7 +180,7 @@ class Model(nn.Module):
     for all D, turns a number and its features into y_1, ..., y_10, for each z. g_j(t) are weights.
     """
 
-    def __init__(self, process, D, H, features=4):
+    def __init__(self, process, D, H, features):
         super().__init__()
         self.process = process
         layers = []
@@ -211,7 +211,7 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Draw x (B, D) from the prior and turn it into data. Yield (t, x) for t = T, ..., 0.
 
-    Where known (D,) is true, x is x_0 (B, D), noised to t - 1 in step t (clean in the paper's 2.5).
+    Where known (D,) is true, x is x_0 (B, D), as noisy as the rest (in the paper's 2.5, it is not).
     Steps are repeated, so that the unknown part can adapt to the known one: arXiv 2201.09865.
     """
     process = model.process

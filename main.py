@@ -58,9 +58,9 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta so far. And
-    noise_std**2 is 1 - alpha_bar. For variances of noises add, so a step turns 1 - alpha_bar into
-    (1 - beta) * (1 - alpha_bar) + beta, and that is 1 - (1 - beta) * alpha_bar.
+    noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta so far, and
+    noise_std**2 is 1 - alpha_bar: a step multiplies the variance of the old noise by 1 - beta and
+    adds beta, and (1 - beta) * (1 - alpha_bar) + beta is 1 - (1 - beta) * alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
@@ -139,8 +139,8 @@ def q_posterior(schedule, x_0, x_t, t):
     mean_0 = schedule.signal[t - 1] * x_0  # what x_0 tells of x_{t-1}: eq. 4
     variance_0 = schedule.noise_std[t - 1] ** 2
     mean_t = x_t / (1 - beta) ** 0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
-    variance_t = beta / (1 - beta)
-    weight = variance_t / (variance_0 + variance_t)  # 1/variance_0, as a share of both
+    variance_t = beta / (1 - beta)  # because that divides the noise, too
+    weight = variance_t / (variance_0 + variance_t)  # that is 1/v_0 / (1/v_0 + 1/v_t)
     mean = weight * mean_0 + (1 - weight) * mean_t
     variance = weight * variance_0  # beta_tilde. The paper also tries beta, which is larger
     return mean, variance**0.5
@@ -149,10 +149,10 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
 
-    x_t is a mix of x_0 and eps, so an average of one gives that of the other: x_0_hat is an average
-    of all x_0 that may have led to x_t. With it, the mean of x_{t-1} is right, as it is linear in
-    x_0. Its variance is too small, as x_0 may differ from x_0_hat. In small steps, this hardly
-    matters: at large t, x_0 has little weight; at small t, the missing noise is too small to see.
+    x_t = signal * x_0 + noise_std * eps is known, so the average of all eps that may have led to it
+    gives the average of all such x_0: x_0_hat. As the mean of q_posterior is linear in x_0, x_0_hat
+    gives the right mean of x_{t-1}. The variance is too small, because x_0 may differ from x_0_hat.
+    The more steps we take, the smaller is this error.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
