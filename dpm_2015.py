@@ -180,7 +180,7 @@ class Model(nn.Module):
     for all D, turns a number and its features into y_1, ..., y_10, for each z. g_j(t) are weights.
     """
 
-    def __init__(self, process, D, H, features):
+    def __init__(self, process, D, H, features=4):
         super().__init__()
         self.process = process
         layers = []
