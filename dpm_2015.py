@@ -65,9 +65,10 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion
 # q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
-# 1. q is reversible: prior(a) q(b | a) = prior(b) q(a | b). For both kinds you can write this out.
-# 2. So if x_{t-1} came from the prior, Bayes' rule would make the step back one more step of q.
-# 3. It comes from data. If steps are small, only the parameters change. A network corrects them: z.
+# q is reversible: prior(a) q(b | a) = prior(b) q(a | b). (Gaussian: a and b are standard normal with
+# correlation sqrt(1 - beta).) So if x_{t-1} came from the prior, the step back would be one more
+# step of q. It comes from data. But if steps are small, the step back still has the form of q, with
+# another mean and variance, or other log-odds. The difference is z, which a network computes.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -147,16 +148,15 @@ def bound(model, x_0):
 
     E is the mean over data and q. K is the right side of Jensen's inequality:
         E log p(x_0) >= E log p(x_T) + sum_{t=1}^T E [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ]
-    * log prior(x) depends on x^2 alone (bits: on x). The mean of x^2 is 1 in data and prior, and a
-      step of q keeps it. So E log prior(x_t) is -H_prior for all t, and so is E log p(x_T).
+    * log prior(x) depends on x^2 alone (bits: on x). The mean of x^2 over all numbers is 1 in data
+      and prior, and q keeps it. So E log prior(x_t) is -H_prior for all t, and so is E log p(x_T).
     * t = 1: for p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket is
       log prior(x_0) - log prior(x_1), and that has the mean 0.
     * t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0): Bayes. So
         log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)     has the mean -KL, and
         log q(x_{t-1} | x_0) - log q(x_t | x_0)     sums up to log q(x_1 | x_0) - log q(x_T | x_0).
-    Together:
-        K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
-            + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior
+    Together: K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
+                  + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior
     If z = 0, all brackets have the mean 0, as for t = 1, and K is L_null = E log prior(x_0).
     """
     process = model.process
@@ -211,7 +211,7 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Draw x (B, D) from the prior and turn it into data. Yield (t, x) for t = T, ..., 0.
 
-    Where known (D,) is true, x is x_0 (B, D), as noisy as the rest (in the paper's 2.5, it is not).
+    Where known (D,) is true, x is x_0 (B, D), as noisy as the rest (clean, in the paper's 2.5).
     Steps are repeated, so that the unknown part can adapt to the known one: arXiv 2201.09865.
     """
     process = model.process
