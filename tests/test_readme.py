@@ -65,7 +65,7 @@ def lines_of(code):
 
 def test_algorithm_is_that_of_main():
     section = README.split("\n## The whole algorithm\n")[1].split("\n## ")[0]
-    in_sight = section.split("<details>")[0]
+    in_sight = re.sub("<details>.*?</details>", "", section, flags=re.DOTALL)
     for text in (section, in_sight):
         shown = lines_of("".join(code for kind, code in FENCE.findall(text) if kind == "python"))
         assert set(shown) - set(lines_of(SOURCES["main.py"])) == set()
