@@ -65,10 +65,10 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion
 # q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
-# q is reversible: prior(a) q(b | a) = prior(b) q(a | b). (Gaussian: a and b are standard normal with
-# correlation sqrt(1 - beta).) So if x_{t-1} came from the prior, the step back would be one more
-# step of q. It comes from data. But if steps are small, the step back still has the form of q, with
-# another mean and variance, or other log-odds. The difference is z, which a network computes.
+# q is reversible: prior(a) q(b | a) = prior(b) q(a | b). (Gaussian: a and b are standard normal,
+# with correlation sqrt(1 - beta).) So if x_{t-1} came from the prior, the step back would be one
+# more step of q. It comes from data. But if steps are small, the step back still has the form of q,
+# with another mean and variance, or other log-odds. The difference is z, which a network computes.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 

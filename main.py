@@ -176,7 +176,7 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 
 # %% 7. Training
 def train(model, schedule, x_0, config):
-    """Train by Algorithm 1 on x_0 (N, D). Return pictures. config: options, dim, limit, examples."""
+    """Train by Algorithm 1 on x_0 (N, D). Return frames. config: options, dim, limit, examples."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
     frames = []
     bar = tqdm(range(config.num_epochs), "training")
