@@ -107,9 +107,7 @@ def parzen_window(folder, data_dir):
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         sys.exit(parzen_window(*sys.argv[1:]))
-    machine = platform.processor() or platform.machine()
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{machine}, {torch.get_num_threads()} threads, {versions}\n")
+    print(f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}\n")
     print("| what | mean and range |\n| --- | --- |", flush=True)
     for part in (heart, dpm):
         for what, figure in part():

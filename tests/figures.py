@@ -15,6 +15,7 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch.distributions import Normal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -84,6 +85,24 @@ def guess(schedule, x_0):
         axes.plot(*(probability @ x_0).T, "*", color=ORANGE, markersize=16)
         axes.set(title=f"step {step} of {schedule.T}", xlim=(-2, 2), ylim=(-2, 2), **NO_TICKS)
     save(figure, "guess")
+
+
+def step_back(schedule):
+    """Draw what x_0_hat and x_t tell of the step before, and both, if the data are -1 and 1."""
+    figure, (panels,) = new_figure(1, 2, height=2.7)
+    x = torch.linspace(-2, 2, 400)
+    for axes, t in zip(panels, (100, 20)):
+        beta = schedule.betas[t]
+        x_0_hat = torch.tanh(schedule.signal[t] * 0.5 / schedule.noise_std[t] ** 2)
+        guess = (schedule.signal[t - 1] * x_0_hat, schedule.noise_std[t - 1])
+        step = (0.5 / (1 - beta) ** 0.5, (beta / (1 - beta)) ** 0.5)
+        both = main.q_posterior(schedule, x_0_hat, 0.5, t)
+        bells = (("the guess", BLUE, guess), ("the step", GREY, step), ("both", ORANGE, both))
+        for name, colour, bell in bells:
+            axes.plot(x, Normal(*bell).log_prob(x).exp(), color=colour, label=name)
+        axes.set(title=f"where we were after {t - 1} steps, if we hold 0.5 after {t}", yticks=())
+        axes.legend()
+    save(figure, "step_back")
 
 
 def floor(schedule, x_0, network, exact):
@@ -223,6 +242,7 @@ def all_but_experiments(outputs):
     x_0, _, _ = main.standardise(main.heart())
     exact = exact_eps(schedule, x_0[::4])
     guess(schedule, x_0)
+    step_back(schedule)
     strip(schedule, x_0, network, config.limit)
     floor(schedule, x_0, network, exact)
     scores(schedule, x_0, network, exact)

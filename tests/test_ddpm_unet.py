@@ -1,9 +1,5 @@
-"""Tests of ddpm_unet.py.
-
-The mathematics is compared with the papers' formulas in float64. One training loop is watched step
-by step. The script itself runs as a user runs it, with a tiny network, on good and on bad input.
-Last, the trained model in tests/models has to guess noise well, and to draw digits.
-"""
+"""Tests of ddpm_unet.py: its mathematics in float64, one training loop step by step, small runs on
+good and bad input, and the trained model in tests/models, which has to draw digits."""
 
 import json
 import signal
@@ -30,7 +26,6 @@ SAMPLES = {"process.gif", "run.json", "samples.npy", "samples.png"}
 BOX = ROOT / "tests/models/ddpm_unet_mnist.pt"
 
 
-# %% Schedule, forward process and loss
 @pytest.mark.parametrize("T", [8, 20, 1000])
 def test_schedule_and_q_sample(T):
     """q_sample jumps to where the single steps of eq. 2 lead: the same mean and variance."""
@@ -69,7 +64,6 @@ def test_loss_is_algorithm_1():
     assert torch.equal(labels[~dropped], given[~dropped])
 
 
-# %% Sampling
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("num_steps", [1, 7, 50])
@@ -106,7 +100,6 @@ def test_p_sample_loop(monkeypatch, num_steps, guidance, sampler):
         assert_close(x[k + 1], expected, rtol=1e-4, atol=1e-5)
 
 
-# %% Network
 def small_unet(channels, levels, T):
     """Return a network for 3 classes, whose weights are all random, none zero."""
     torch.manual_seed(1)
@@ -139,7 +132,6 @@ def test_network(channels, levels, T):
     assert not ddpm.ResBlock(8, 8, 8).conv_2[-1].weight.any()  # training starts at the shortcut
 
 
-# %% Images
 COLOURS = np.uint8([(250, 10, 20), (30, 220, 40), (20, 60, 240), (90, 90, 0)])
 SQUARES = COLOURS.reshape(2, 2, 3).repeat(8, axis=0).repeat(8, axis=1)  # (16, 16, 3)
 PICTURE = Image.fromarray(SQUARES)
@@ -184,7 +176,6 @@ def test_load_images(tmp_path, mnist_dir):
     assert_close(ddpm.load_images("mnist", mnist_dir, 28), digits("train"))
 
 
-# %% Training
 @pytest.mark.parametrize("first", [0, 10**6])
 def test_training(monkeypatch, tmp_path, first):
     """Gradients are clipped, the learning rate is the option, and ema averages the weights."""
@@ -225,7 +216,6 @@ def test_training(monkeypatch, tmp_path, first):
     assert len(decays) == 8  # 4 times 8 images in batches of 4
 
 
-# %% Whole runs
 def run(out, *options):
     """Run the whole of ddpm_unet.py, tiny, in this process."""
     ddpm.main([*map(str, [*TINY, *options, "--output_dir", out])])
@@ -340,7 +330,6 @@ def test_two_processes_are_one_with_both_halves(trained, tmp_path, monkeypatch):
         assert_close(two[number]["exp_avg"], weight["exp_avg"], rtol=1e-3, atol=1e-4)
 
 
-# %% Bad input
 BAD = [
     *((f"--{flag} 0", f"--{flag}") for flag in ["image_size", "num_epochs", "learning_rate"]),
     *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in BAD_CHECKPOINTS),
@@ -370,7 +359,6 @@ def test_bad_input(options, words, trained, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "pwned").exists()
 
 
-# %% The model in tests/models
 def test_samples_of_the_boxed_model_show_their_labels(tmp_path):
     """The nearest of 800 real digits mostly has the label that we asked for."""
     options = ["--num_samples", 40, "--sampling_steps", 10, "--output_dir", tmp_path]

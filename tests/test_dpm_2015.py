@@ -1,9 +1,5 @@
-"""Tests of dpm_2015.py.
-
-The bound is compared with the sum over all chains of four bits, with quadrature, and with draws;
-sampling with RePaint's Algorithm 1; and both with heartbeats, whose best network is known. The
-script itself runs as a user runs it, tiny, on good and on bad input.
-"""
+"""Tests of dpm_2015.py: the bound against all chains of four bits, quadrature and draws; sampling
+against RePaint's Algorithm 1; both on heartbeats, whose best network is known; and small runs."""
 
 import json
 from itertools import islice

@@ -1,7 +1,4 @@
-"""Tests of likelihood.py, benchmark.py and figures.py.
-
-The bound in bits is compared with closed forms, and the README's table with benchmark.py.
-"""
+"""Tests of likelihood.py (against closed forms), benchmark.py and figures.py."""
 
 import ast
 import math
