@@ -192,7 +192,7 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
             eps_hat_without = net(x, t, torch.full_like(t, net.no_label))
             eps_hat = (1 + guidance) * eps_hat - guidance * eps_hat_without
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
-        x_0_hat = x_0_hat.clamp(-1, 1)  # as the authors' code: the division magnifies errors
+        x_0_hat = x_0_hat.clamp(-1, 1)  # as in the authors' code: the division magnifies errors
         yield num_steps - k, x, x_0_hat
         x = take_step(x_0_hat, x, alpha_bar, alpha_bar_prev)
     yield 0, x, x  # finished
