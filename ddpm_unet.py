@@ -231,7 +231,7 @@ def train(net, ema, images, labels, options, path, state):
     saved = time.time()
     for step in bar:
         torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # same if resumed
-        indices = torch.randint(len(images), (B // WORLD_SIZE,))
+        indices = torch.randint(len(images), (max(1, B // WORLD_SIZE),))
         x_0 = images[indices] / 127.5 - 1  # from 0..255 to -1..1, as in the paper's section 3.3
         loss = loss_simple(model, alpha_bars, x_0, labels[indices], net.no_label)
         optimizer.zero_grad()
