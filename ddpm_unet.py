@@ -83,7 +83,9 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0), Gaussian by Bayes' rule (eq. 6 and 7)."""
+    """Return mean and variance of q(x_{t-1} | x_t, x_0), by Bayes' rule (eq. 6 and 7)."""
+    # Multiply two bell curves in x_{t-1}: q(x_{t-1} | x_0), and q(x_t | x_{t-1}) with mean
+    # x_t / sqrt(alpha), variance (1 - alpha) / alpha. 1 / variance and mean / variance add up.
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
     coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
     coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -188,7 +190,7 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
         alpha_bar_prev = alpha_bars[steps[k + 1]].item()  # at the smaller t that we go to
         t = torch.full_like(labels, steps[k])
         eps_hat = net(x, t, labels)
-        if guidance != 0:  # classifier-free guidance: arXiv 2207.12598, eq. 6
+        if guidance != 0:  # go further in the direction of the label: arXiv 2207.12598, eq. 6
             eps_hat_without = net(x, t, torch.full_like(t, net.no_label))
             eps_hat = (1 + guidance) * eps_hat - guidance * eps_hat_without
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
@@ -205,7 +207,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Mix guessed image and noise anew, with less noise: arXiv 2010.02502, eq. 12, sigma = 0."""
+    """Mix guessed image and noise, as q_sample does: arXiv 2010.02502, eq. 12, sigma = 0."""
+    # The network has learned from such mixes at all t. So we may go to any smaller t at once.
     # The clamp has changed x_0_hat. So compute the noise that would lead from it to x_t.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
@@ -257,14 +260,10 @@ def train(net, ema, images, labels, options, path, state):
 
 
 # %% 7. Pictures
-def to_bytes(x):
-    """Turn images in -1..1 into bytes 0..255."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
-
-
 def tile(x, columns):
     """Return one picture (H, W, 3), uint8, of images x (B, C, S, S) in -1..1."""
-    return make_grid(to_bytes(x), columns).permute(1, 2, 0).numpy()
+    grid = make_grid(x.cpu(), columns, normalize=True, value_range=(-1, 1))  # now in 0..1
+    return (255 * grid).round().byte().permute(1, 2, 0).numpy()
 
 
 def sample(net, args, out):
@@ -281,7 +280,8 @@ def sample(net, args, out):
             frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))  # the last x_t is finished
-    np.save(out / "samples.npy", to_bytes(x_t).permute(0, 2, 3, 1).squeeze(3))
+    pixels = ((x_t + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+    np.save(out / "samples.npy", pixels.permute(0, 2, 3, 1).squeeze(3))
     print(f"Look at {out / 'samples.png'}.")
 
 
