@@ -65,10 +65,9 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion
 # q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
-# q is reversible: prior(a) q(b | a) = prior(b) q(a | b). (Gaussian: a and b are standard normal,
-# with correlation sqrt(1 - beta).) So if x_{t-1} came from the prior, the step back would be one
-# more step of q. It comes from data. But if steps are small, the step back still has the form of q,
-# with another mean and variance, or other log-odds. The difference is z, which a network computes.
+# q is reversible: prior(a) q(b | a) = prior(b) q(a | b). If a is from the prior, and b from q, you
+# cannot tell which was first. So for pure noise, the step back has q's formula. For data, if steps
+# are small, it is still Gaussian (bits: Bernoulli). A network's z says how its parameters differ.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -79,8 +78,8 @@ class Gaussian(nn.Module):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        # alpha_bar_t is x_0's share of the variance of x_t. Before training, its log-odds,
-        # log(alpha_bar / (1 - alpha_bar)), fall evenly, down to -7, where alpha_bar_T is 0.001.
+        # alpha_bar_t = (1 - beta_1) ... (1 - beta_t) is x_0's share of the variance of x_t. Before
+        # training, its log-odds fall evenly, from those of 1 - beta_1 to -7: alpha_bar_T = 0.001.
         self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # (T,)
         log_alpha_bars = nn.functional.logsigmoid(self.log_odds)  # sigmoid undoes log-odds
         betas = -torch.expm1(log_alpha_bars.diff())  # (T - 1,): 1 - alpha_bar_t / alpha_bar_{t-1}
@@ -107,8 +106,8 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t. If z = 0, p is this step
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # the authors' code; eq. 65 differs
-        variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64
+        mu = step.mean + step.stddev * z_mu  # as the authors' code does it; eq. 65 differs
+        variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
         return Normal(mu, variance.sqrt())
 
 
@@ -146,18 +145,19 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    E is the mean over data and q. K is the right side of Jensen's inequality:
+    p(x_0) is the mean over q of p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). The log of a mean is at
+    least the mean of the log (Jensen). So, if E is the mean over data and q, K is on the right of
         E log p(x_0) >= E log p(x_T) + sum_{t=1}^T E [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ]
-    * log prior(x) depends on x^2 alone (bits: on x). The mean of x^2 over all numbers is 1 in data
-      and prior, and q keeps it. So E log prior(x_t) is -H_prior for all t, and so is E log p(x_T).
-    * t = 1: for p(x_0 | x_1), we choose a step of q (eq. 44). As q is reversible, the bracket is
-      log prior(x_0) - log prior(x_1), and that has the mean 0.
-    * t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0): Bayes. So
-        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)     has the mean -KL, and
-        log q(x_{t-1} | x_0) - log q(x_t | x_0)     sums up to log q(x_1 | x_0) - log q(x_T | x_0).
-    Together: K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
-                  + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior
-    If z = 0, all brackets have the mean 0, as for t = 1, and K is L_null = E log prior(x_0).
+    For t >= 2, q(x_t | x_{t-1}) is q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0), by Bayes'
+    rule. So the bracket is the sum of two:
+        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)   has the mean -KL,
+        log q(x_{t-1} | x_0) - log q(x_t | x_0)   has the mean H_q(x_t | x_0) - H_q(x_{t-1} | x_0).
+    In the sum over t, all these entropies cancel, except for the last and the first. For t = 1, we
+    choose p(x_0 | x_1) as a step of q (eq. 44). That is q(x_1 | x_0) prior(x_0) / prior(x_1). So the
+    bracket is log prior(x_0) - log prior(x_1). Its mean is 0, because E log prior(x_t) is -H_prior:
+    it needs only the mean of x^2 (bits: of x), which is the same in prior and data, and q keeps it.
+        K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
+            + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior     (if z = 0: L_null = E log prior(x_0))
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -191,7 +191,7 @@ class Model(nn.Module):
         self.read_out = nn.Linear(4 * features, 10 * process.z_per_x)
         nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
         nn.init.zeros_(self.read_out.bias)
-        # g_j(t), eq. 63: a table (T, 10) of bumps that sum to 1, evenly spaced in log_odds.
+        # g_j(t), eq. 63: 10 bumps, side by side over log_odds. A table (T, 10); rows sum to 1.
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
@@ -341,8 +341,8 @@ def parse_options(argv):
         parser.set_defaults(num_timesteps=1000, num_training_steps=14_000)
         parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
     parser.set_defaults(**options)
-    args = parser.parse_args(argv)  # again, with the defaults for these data
-    vars(args).update({name: options[name] for name in MODEL if name in options})  # model.pt wins
+    args = parser.parse_args(argv)  # again: what you give wins over model.pt, that over defaults
+    vars(args).update({name: options[name] for name in MODEL if name in options})  # not here
     limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture has 25 samples
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not value > limits.get(name, 0):
