@@ -66,8 +66,8 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
 # q is reversible: prior(a) q(b | a) = prior(b) q(a | b). If a is from the prior, and b from q, you
-# cannot tell which was first. So for pure noise, the step back has q's formula. For data, if steps
-# are small, it is still Gaussian (bits: Bernoulli). A network's z says how its parameters differ.
+# cannot tell which was first. So for pure noise, the step back is a step of q. For data and small
+# steps, it is nearly Gaussian (bits: independent). So p is a step of q whose parameters z corrects.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -82,8 +82,8 @@ class Gaussian(nn.Module):
         # training, its log-odds fall evenly, from those of 1 - beta_1 to -7: alpha_bar_T = 0.001.
         self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # (T,)
         log_alpha_bars = nn.functional.logsigmoid(self.log_odds)  # sigmoid undoes log-odds
-        betas = -torch.expm1(log_alpha_bars.diff())  # (T - 1,): 1 - alpha_bar_t / alpha_bar_{t-1}
-        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)  # not for digits
+        betas = -torch.expm1(log_alpha_bars.diff())  # beta_2..T: 1 - alpha_bar_t / alpha_bar_{t-1}
+        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)  # (T - 1,)
         # The paper keeps beta_1 fixed, to prevent overfitting. beta_0 = 0 makes alpha_bar_0 = 1.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
@@ -148,16 +148,16 @@ def bound(model, x_0):
     p(x_0) is the mean over q of p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). The log of a mean is at
     least the mean of the log (Jensen). So, if E is the mean over data and q, K is on the right of
         E log p(x_0) >= E log p(x_T) + sum_{t=1}^T E [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ]
-    For t >= 2, q(x_t | x_{t-1}) is q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0), by Bayes'
-    rule. So the bracket is the sum of two:
-        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)   has the mean -KL,
+    t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0), by Bayes. So
+        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)   has the mean -KL, and
         log q(x_{t-1} | x_0) - log q(x_t | x_0)   has the mean H_q(x_t | x_0) - H_q(x_{t-1} | x_0).
-    In the sum over t, all these entropies cancel, except for the last and the first. For t = 1, we
-    choose p(x_0 | x_1) as a step of q (eq. 44). That is q(x_1 | x_0) prior(x_0) / prior(x_1). So the
-    bracket is log prior(x_0) - log prior(x_1). Its mean is 0, because E log prior(x_t) is -H_prior:
-    it needs only the mean of x^2 (bits: of x), which is the same in prior and data, and q keeps it.
-        K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
-            + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior     (if z = 0: L_null = E log prior(x_0))
+        Summed over t, all these entropies cancel, except for the last and the first.
+    t = 1: we choose a step of q for p(x_0 | x_1) (eq. 44): q(x_1 | x_0) prior(x_0) / prior(x_1). So
+        the bracket is log prior(x_0) - log prior(x_1). E log prior(x_t) needs only the mean of x^2
+        (bits: x), the same in prior, data and x_t. So it is -H_prior, and the bracket's mean is 0.
+    Together: K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
+                  + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior
+    If z = 0, all brackets are like that of t = 1, and K is L_null = E log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -342,7 +342,7 @@ def parse_options(argv):
         parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
     parser.set_defaults(**options)
     args = parser.parse_args(argv)  # again: what you give wins over model.pt, that over defaults
-    vars(args).update({name: options[name] for name in MODEL if name in options})  # not here
+    vars(args).update({name: options[name] for name in MODEL if name in options})  # except these
     limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture has 25 samples
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not value > limits.get(name, 0):
