@@ -59,8 +59,8 @@ def make_schedule(T):
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
     noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta so far, and
-    noise_std**2 is 1 - alpha_bar: a step multiplies the variance of the old noise by 1 - beta and
-    adds beta, and (1 - beta) * (1 - alpha_bar) + beta is 1 - (1 - beta) * alpha_bar.
+    noise_std**2 is 1 - alpha_bar: if it was 1 - a before a step, then, as variances add, it becomes
+    (1 - beta) * (1 - a) + beta = 1 - (1 - beta) * a, and (1 - beta) * a is the new alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
@@ -115,8 +115,8 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many pairs of x_0 and eps lead to one x_t. The best output, with the least squared error, is
-    their (weighted) average target. For eps, this is L_simple (eq. 14): eq. 12 without its weights.
+    Many pairs of x_0 and eps lead to one x_t. The best output, of least squared error, is their mean
+    target, weighted by probability. For eps, this is L_simple (eq. 14): eq. 12, but unweighted.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -378,7 +378,7 @@ def main(argv=None):
     np.save(out / "samples.npy", samples)
     distance = energy_distance(x, config.examples)
     real = config.examples[torch.randint(len(config.examples), (len(x),))]
-    reference = energy_distance(real, config.examples)  # as if the samples were real
+    reference = energy_distance(real, config.examples)  # of perfect samples
     facts = {
         "options": vars(args),  # with --checkpoint, those of the model are in model.pt
         "threads": torch.get_num_threads(),
