@@ -115,7 +115,7 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many pairs of x_0 and eps lead to one x_t. The best output, of least squared error, is their mean
+    Many pairs of x_0 and eps lead to one x_t. The best output (least squared error) is their mean
     target, weighted by probability. For eps, this is L_simple (eq. 14): eq. 12, but unweighted.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
