@@ -66,8 +66,8 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
 # q is reversible: prior(a) q(b | a) = prior(b) q(a | b). If a is from the prior, and b from q, you
-# cannot tell which was first. So for pure noise, the step back is a step of q. For data and small
-# steps, it is nearly Gaussian (bits: independent). So p is a step of q whose parameters z corrects.
+# cannot tell which was first. So for pure noise, the step back is a step of q. For data, if steps
+# are small, it is nearly Gaussian (bits are independent): p is a step of q, corrected by a network.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -211,7 +211,7 @@ class Model(nn.Module):
 def p_sample_loop(model, x_0, known, passes):
     """Draw x (B, D) from the prior and turn it into data. Yield (t, x) for t = T, ..., 0.
 
-    Where known (D,) is true, x is x_0 (B, D), as noisy as the rest (clean, in the paper's 2.5).
+    Where known (D,) is true, x is x_0 (B, D), as noisy as the rest (the paper keeps it clean).
     Steps are repeated, so that the unknown part can adapt to the known one: arXiv 2201.09865.
     """
     process = model.process

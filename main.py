@@ -7,7 +7,7 @@ noise (https://arxiv.org/abs/2006.11239). Sections 2 to 7 are the method, the ot
     python main.py --dataset points.csv     your own points: two numbers on each line
     python main.py --dataset mnist          handwritten digits, in ten minutes
 
-One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. A batch has B.
+One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. B is the batch size.
 Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 """
 
@@ -62,7 +62,7 @@ def make_schedule(T):
     noise_std**2 is 1 - alpha_bar: if it was 1 - a before a step, then, as variances add, it becomes
     (1 - beta) * (1 - a) + beta = 1 - (1 - beta) * a, and (1 - beta) * a is the new alpha_bar.
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T < exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     betas = np.append(0, betas)  # for t = 0: x_0 has no noise
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
@@ -104,7 +104,7 @@ class MLP(nn.Module):
         inputs = [x_t]
         if x_t.shape[1] == 2:  # points: waves as short as 2 pi / 25 = 0.25 show fine detail
             inputs = [sinusoidal_embedding(x, self.embedding_size, 25.0) for x in x_t.T]  # x: (B,)
-        temb = sinusoidal_embedding(t - 1, self.embedding_size, self.time_scale)  # from 0
+        temb = sinusoidal_embedding(t - 1, self.embedding_size, self.time_scale)  # counts from 0
         h = F.silu(self.first(torch.cat((*inputs, temb), dim=1)))  # (B, hidden_size)
         for block in self.blocks:
             h = h + F.silu(block(h))
@@ -139,8 +139,8 @@ def q_posterior(schedule, x_0, x_t, t):
     mean_0 = schedule.signal[t - 1] * x_0  # what x_0 tells of x_{t-1}: eq. 4
     variance_0 = schedule.noise_std[t - 1] ** 2
     mean_t = x_t / (1 - beta) ** 0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
-    variance_t = beta / (1 - beta)  # because that divides the noise, too
-    weight = variance_t / (variance_0 + variance_t)  # that is 1/v_0 / (1/v_0 + 1/v_t)
+    variance_t = beta / (1 - beta)  # the division enlarges the noise, too
+    weight = variance_t / (variance_0 + variance_t)  # the larger variance_t, the more mean_0 counts
     mean = weight * mean_0 + (1 - weight) * mean_t
     variance = weight * variance_0  # beta_tilde. The paper also tries beta, which is larger
     return mean, variance**0.5
@@ -152,7 +152,7 @@ def p_sample(model, schedule, x_t, t, predict, limit):
     x_t = signal * x_0 + noise_std * eps is known, so the average of all eps that may have led to it
     gives the average of all such x_0: x_0_hat. As the mean of q_posterior is linear in x_0, x_0_hat
     gives the right mean of x_{t-1}. The variance is too small, because x_0 may differ from x_0_hat.
-    The more steps we take, the smaller is this error.
+    With more steps, this error gets smaller.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
@@ -265,7 +265,7 @@ def load_data(name, data_dir):
         points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
         points = torch.tensor(np.float32(points))
     except Exception as error:
-        hint = "see --help, or put {train,t10k}-{images-idx3,labels-idx1}-ubyte in data/MNIST/raw"
+        hint = "see --help. For mnist: {train,t10k}-{images-idx3,labels-idx1}-ubyte in MNIST/raw"
         raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; {hint}") from error
     if points.shape[1:] != (2,) or len(points) < 100 or not 0 < points.std(0).max() < 1e30:
         sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 finite numbers")
@@ -318,7 +318,7 @@ def parse_options(argv):
     option("--dataset", "heart", "heart, swiss_roll, mnist, or a .npy or .csv file of points")
     option("--num_timesteps", 200, "number of diffusion steps T, from 20 to 1000 or so")
     flag("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
-    option("--embedding_size", 32, "sines and cosines for each number, an even number of them")
+    option("--embedding_size", 32, "how many sines and cosines, an even number")
     option("--hidden_size", 96, "width of the network")
     option("--hidden_layers", 2, "residual blocks")
     option("--train_batch_size", 1000, "examples in a training step")
@@ -362,7 +362,7 @@ def main(argv=None):
     out = Path(args.output_dir or f"outputs/{name}")
     out.mkdir(parents=True, exist_ok=True)
     if config.dim == 2:
-        torch.set_num_threads(min(2, torch.get_num_threads()))  # more do not help so small a net
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # small networks need no more
     if args.checkpoint is None:
         frames = train(model, schedule, x_0, config)
         save_checkpoint(out / "model.pt", model, config)
@@ -378,7 +378,7 @@ def main(argv=None):
     np.save(out / "samples.npy", samples)
     distance = energy_distance(x, config.examples)
     real = config.examples[torch.randint(len(config.examples), (len(x),))]
-    reference = energy_distance(real, config.examples)  # of perfect samples
+    reference = energy_distance(real, config.examples)  # as for perfect samples
     facts = {
         "options": vars(args),  # with --checkpoint, those of the model are in model.pt
         "threads": torch.get_num_threads(),
