@@ -322,7 +322,7 @@ def parse_options(argv):
     option("--hidden_size", 96, "width of the network")
     option("--hidden_layers", 2, "residual blocks")
     option("--train_batch_size", 1000, "examples in a training step")
-    option("--num_epochs", 270, "passes over the data")
+    option("--num_epochs", 240, "passes over the data")
     option("--learning_rate", 1e-2, "its highest value")
     flag("--num_samples", "--eval_batch_size", type=int, default=2000, help="samples to draw")
     option("--show_image_step", 8, "diffusion steps between two frames")

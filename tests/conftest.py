@@ -65,12 +65,7 @@ def write_bad_checkpoints(folder, model, weights):
     """
     state = torch.load(model, weights_only=True)
     evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("pwned",))})()
-    contents = {
-        "model": state,
-        "other": {"options": 1},
-        "list": [1],
-        "evil": {**state, weights: evil},
-    }
+    contents = {"model": state, "other": {"step": 1}, "list": [1], "evil": {**state, weights: evil}}
     for name, value in contents.items():
         torch.save(value, folder / f"{name}.pt")
     (folder / "truncated.pt").write_bytes(model.read_bytes()[:9999])

@@ -334,6 +334,8 @@ def test_training_run(roll):
 def test_seeds_and_checkpoints(roll, tmp_path, monkeypatch):
     """A checkpoint gives the same samples, in another folder; another seed gives other ones."""
     monkeypatch.chdir(tmp_path)
+    spy = Mock(wraps=dpm.p_sample_loop)
+    monkeypatch.setattr(dpm, "p_sample_loop", spy)
     before = conftest.content(roll)
     checkpoint = ["--checkpoint", roll / "model.pt", "--num_timesteps", 9]
     run(*checkpoint)  # the model has 5 steps, and wins
@@ -343,6 +345,7 @@ def test_seeds_and_checkpoints(roll, tmp_path, monkeypatch):
     assert set(same) == set(other) == FILES and conftest.content(roll) == before
     for name in ("samples.npy", "inpainted.npy"):
         assert same[name] == before[name] != other[name]
+    assert [call.kwargs["passes"] for call in spy.call_args_list] == [1, 10, 1, 10]
 
 
 def test_ctrl_c_and_resume(roll, tmp_path, monkeypatch):

@@ -299,7 +299,7 @@ def test_ctrl_c_ends_the_training(tmp_path, monkeypatch, capsys):
 def test_as_a_notebook(tmp_path, monkeypatch):
     """The cells run in order, with the options that Jupyter leaves in sys.argv."""
     source = inspect.getsource(main)
-    for old, new in [(" 270,", " 1,"), (" 200,", " 8,"), ("default=device", "default='cpu'")]:
+    for old, new in [(" 240,", " 1,"), (" 200,", " 8,"), ("default=device", "default='cpu'")]:
         source = source.replace(old, new)  # a small run
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ipykernel", sys)

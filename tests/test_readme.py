@@ -57,30 +57,33 @@ def test_command(script, words, monkeypatch):
     parse(words)
 
 
-def lines_of(code):
-    """Return the lines of code without blank lines, comments and spacing."""
-    lines = [" ".join(re.sub("(^|  )#.*", "", line).split()) for line in code.splitlines()]
-    return [line for line in lines if line]
-
-
 def test_algorithm_is_that_of_main():
+    """What it quotes from main.py is there."""
     section = README.split("\n## The whole algorithm\n")[1].split("\n## ")[0]
-    in_sight = re.sub("<details>.*?</details>", "", section, flags=re.DOTALL)
-    for text in (section, in_sight):
-        shown = lines_of("".join(code for kind, code in FENCE.findall(text) if kind == "python"))
-        assert set(shown) - set(lines_of(SOURCES["main.py"])) == set()
-    assert 14 <= len(shown) <= 38
+    code = "".join(code for kind, code in FENCE.findall(section) if kind == "python")
+    shown = {line.strip() for line in code.splitlines()}
+    assert shown - {line.strip() for line in SOURCES["main.py"].splitlines()} == set()
+    assert len(shown) > 40
 
 
-def test_plain_loop_draws_what_main_draws():
-    (code,) = [text for kind, text in BLOCKS if kind == "py"]
-    schedule = main.make_schedule(50)
-    names = {"torch": torch, "model": lambda x, t: 0.9 * x, **vars(schedule)}
+def test_plain_program_does_what_main_does(tmp_path, monkeypatch):
+    """The same seed gives the same loss and the same samples, if nothing is clipped."""
+    monkeypatch.chdir(tmp_path)
+    tables, training, sampling = (text for kind, text in BLOCKS if kind == "py")
+    plain = {}
+    for code in (tables, training.replace("range(2000)", "range(1)"), sampling):
+        torch.manual_seed(0)
+        exec(code, plain)  # noqa: S102
+    schedule = main.make_schedule(plain["T"])
     torch.manual_seed(0)
-    exec(code, names)  # noqa: S102
+    model = main.MLP(2, 96, 2, 32, schedule.T)
+    x_0 = plain["data"][torch.randint(8000, (1000,))]
+    expected = {**vars(schedule), "loss": main.loss_simple(model, schedule, x_0, "eps")}
+    for name, value in expected.items():
+        torch.testing.assert_close(plain[name], value, rtol=1e-3, atol=1e-6)
     torch.manual_seed(0)
-    *_, (_, x) = main.p_sample_loop(names["model"], schedule, (1000, 2), "eps", limit=1e9)
-    torch.testing.assert_close(names["x"], x, rtol=1e-3, atol=1e-3)
+    *_, (_, x) = main.p_sample_loop(plain["model"], schedule, (1000, 2), "eps", limit=1e9)
+    torch.testing.assert_close(plain["x"], x, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("code", [text for _, text in BLOCKS if "assert" in text])
