@@ -54,16 +54,16 @@ def strip(schedule, x_0, network, limit):
     """Draw the heart at six noise levels: above, noise is added; below, it is removed."""
     T = schedule.T
     shown = [0, T // 20, T // 8, T // 4, T // 2, T]
-    chain = main.p_sample_loop(network, schedule, (600, 2), "eps", limit)
+    chain = main.p_sample_loop(network, schedule, (1500, 2), "eps", limit)
     samples = {step: x for step, x in chain if step in shown}
-    x = x_0[torch.randint(len(x_0), (600,))]
-    eps = torch.randn(600, 2)
+    x = x_0[torch.randint(len(x_0), (1500,))]
+    eps = torch.randn(1500, 2)
     figure, (above, below) = new_figure(2, 6, height=3.7)
     for k, step in enumerate(shown):
         x_t = main.q_sample(schedule, x, torch.tensor([step]), eps)
-        above[k].scatter(*x_t.T, s=3, color=BLUE, linewidths=0)
+        above[k].scatter(*x_t.T, s=2, color=BLUE, linewidths=0)
         above[k].set_title(f"{step} of {T} steps", fontsize=11)
-        below[k].scatter(*samples[step].T, s=3, color=ORANGE, linewidths=0)
+        below[k].scatter(*samples[step].T, s=2, color=ORANGE, linewidths=0)
         for axes in (above[k], below[k]):
             axes.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), **NO_TICKS)
     above[0].set_ylabel("data", fontsize=11)
