@@ -315,7 +315,7 @@ def parse_options(argv):
     def option(name, default, help):
         parser.add_argument(name, type=type(default), default=default, help=help)
 
-    option("--dataset", "heart", "heart, swiss_roll, mnist, or a .npy or .csv file of points")
+    option("--dataset", "heart", f"{', '.join(DATASETS)}, mnist, or a .npy or .csv file of points")
     option("--num_timesteps", 200, "number of diffusion steps T, from 20 to 1000 or so")
     flag("--predict", choices=["eps", "x_0"], default="eps", help="what the network predicts")
     option("--embedding_size", 32, "how many sines and cosines, an even number")
