@@ -83,14 +83,15 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0), by Bayes' rule (eq. 6 and 7)."""
-    # Multiply two bell curves in x_{t-1}: q(x_{t-1} | x_0), and q(x_t | x_{t-1}) with mean
-    # x_t / sqrt(alpha), variance (1 - alpha) / alpha. 1 / variance and mean / variance add up.
+    """Return mean and variance of q(x_{t-1} | x_t, x_0): two bell curves, multiplied (eq. 7)."""
+    # By Bayes' rule, it is q(x_{t-1} | x_0) times q(x_t | x_{t-1}), both bell curves in x_{t-1}.
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
-    coef_x_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar)
-    coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
-    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)  # beta_tilde_t
-    return coef_x_0 * x_0 + coef_x_t * x_t, variance
+    mean_0 = alpha_bar_prev**0.5 * x_0  # what x_0 tells of x_{t-1}: eq. 4
+    variance_0 = 1 - alpha_bar_prev
+    mean_t = x_t / alpha**0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
+    variance_t = (1 - alpha) / alpha  # the division enlarges the noise, too
+    weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
+    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # beta_tilde
 
 
 # %% 3. Network: a small version of the paper's U-Net (appendix B)
@@ -192,7 +193,7 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
         eps_hat = net(x, t, labels)
         if guidance != 0:  # go further in the direction of the label: arXiv 2207.12598, eq. 6
             eps_hat_without = net(x, t, torch.full_like(t, net.no_label))
-            eps_hat = (1 + guidance) * eps_hat - guidance * eps_hat_without
+            eps_hat = eps_hat + guidance * (eps_hat - eps_hat_without)
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
         x_0_hat = x_0_hat.clamp(-1, 1)  # as in the authors' code: the division magnifies errors
         yield num_steps - k, x, x_0_hat
@@ -208,9 +209,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Mix guessed image and noise, as q_sample does: arXiv 2010.02502, eq. 12, sigma = 0."""
-    # The network has learned from such mixes at all t. So we may go to any smaller t at once.
-    # The clamp has changed x_0_hat. So compute the noise that would lead from it to x_t.
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5
+    # Training asks only that x_t be such a mix, for all t. So we may go to any smaller t at once.
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # after the clamp, anew
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 

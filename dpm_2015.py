@@ -64,10 +64,11 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion
-# q adds noise, from x_{t-1} to x_t. p goes back, beginning with pure noise: p(x_T) is the prior.
-# q is reversible: prior(a) q(b | a) = prior(b) q(a | b). If a is from the prior, and b from q, you
-# cannot tell which was first. So for pure noise, the step back is a step of q. For data, if steps
-# are small, it is nearly Gaussian (bits are independent): p is a step of q, corrected by a network.
+# q adds noise, from x_{t-1} to x_t. How can p go back? First, an easy case: the data are pure noise
+# themselves. Then all x_t look alike, and q is reversible: a film of it looks the same forwards and
+# backwards. So a step back is one more step of q. For other data, it is nearly that, if steps are
+# small. So p(x_{t-1} | x_t) is a step of q, corrected by a network, and p(x_T) is pure noise: the
+# prior. In symbols, reversible means prior(a) q(b | a) = prior(b) q(a | b).
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -145,19 +146,18 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    p(x_0) is the mean over q of p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). The log of a mean is at
-    least the mean of the log (Jensen). So, if E is the mean over data and q, K is on the right of
-        E log p(x_0) >= E log p(x_T) + sum_{t=1}^T E [ log p(x_{t-1} | x_t) - log q(x_t | x_{t-1}) ]
-    t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0), by Bayes. So
-        log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)   has the mean -KL, and
-        log q(x_{t-1} | x_0) - log q(x_t | x_0)   has the mean H_q(x_t | x_0) - H_q(x_{t-1} | x_0).
-        Summed over t, all these entropies cancel, except for the last and the first.
-    t = 1: we choose a step of q for p(x_0 | x_1) (eq. 44): q(x_1 | x_0) prior(x_0) / prior(x_1). So
-        the bracket is log prior(x_0) - log prior(x_1). E log prior(x_t) needs only the mean of x^2
-        (bits: x), the same in prior, data and x_t. So it is -H_prior, and the bracket's mean is 0.
-    Together: K = - sum_{t=2}^T E KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) )
-                  + H_q(x_T | x_0) - H_q(x_1 | x_0) - H_prior
-    If z = 0, all brackets are like that of t = 1, and K is L_null = E log prior(x_0).
+    On average over the data, K is at most log p(x_0). Here is why. Means are over data and q.
+    1. p(x_0) is the mean of p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). The log of a mean is never
+       below the mean of the log (Jensen). So a lower bound of log p(x_0) is K, the mean of
+           log p(x_T) + sum over t = 1..T of [log p(x_{t-1} | x_t) - log q(x_t | x_{t-1})].
+    2. For t >= 2, by Bayes' rule, the last term is the log of
+           q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0).
+       The first factor is compared with p: this makes -KL. The log of the fraction is H(x_{t-1} |
+       x_0) - H(x_t | x_0), on average. In the sum over t, only H_end - H_start is left of it.
+    3. For t = 1, p(x_0 | x_1) is one more step of q (eq. 44). As q is reversible, the bracket is
+       log prior(x_0) - log prior(x_1). Its mean is 0, as data and x_1 have the same mean square.
+    4. Nor does x_T differ in this (for bits: in its mean). So log p(x_T) has the mean -H_prior.
+    If z = 0, all brackets are like that of t = 1, and K is L_null, the mean of log prior(x_0).
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -165,8 +165,8 @@ def bound(model, x_0):
     posterior = process.q_posterior(x_0, x_t, t)
     p = process.p_reverse(model(x_t, t), x_t, t)
     kl = kl_divergence(posterior, p).sum(dim=1)
-    H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H_q(x_T | x_0)
-    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H_q(x_1 | x_0)
+    H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H(x_T | x_0)
+    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H(x_1 | x_0)
     H_prior = x_0.shape[1] * process.prior.entropy()  # in eq. 14, H_p(x_T)
     K = -(process.T - 1) * kl + H_end - H_start - H_prior  # one random t stands for all T - 1
     return K / math.log(2), t

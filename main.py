@@ -59,8 +59,8 @@ def make_schedule(T):
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
     noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta so far, and
-    noise_std**2 is 1 - alpha_bar: if it was 1 - a before a step, then, as variances add, it becomes
-    (1 - beta) * (1 - a) + beta = 1 - (1 - beta) * a, and (1 - beta) * a is the new alpha_bar.
+    noise_std**2 is 1 - alpha_bar: a step multiplies the variance of the noise by 1 - beta, and adds
+    beta. (1 - beta) * (1 - alpha_bar) + beta is 1 - (1 - beta) * alpha_bar: 1 - the new alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T < exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
@@ -115,8 +115,8 @@ class MLP(nn.Module):
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
-    Many pairs of x_0 and eps lead to one x_t. The best output (least squared error) is their mean
-    target, weighted by probability. For eps, this is L_simple (eq. 14): eq. 12, but unweighted.
+    Many pairs of x_0 and eps may have led to x_t. The best output (least squared error) is the mean
+    of their targets, likely pairs counting more. For eps, this is L_simple (eq. 14, unweighted).
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -140,7 +140,7 @@ def q_posterior(schedule, x_0, x_t, t):
     variance_0 = schedule.noise_std[t - 1] ** 2
     mean_t = x_t / (1 - beta) ** 0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
     variance_t = beta / (1 - beta)  # the division enlarges the noise, too
-    weight = variance_t / (variance_0 + variance_t)  # the larger variance_t, the more mean_0 counts
+    weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
     mean = weight * mean_0 + (1 - weight) * mean_t
     variance = weight * variance_0  # beta_tilde. The paper also tries beta, which is larger
     return mean, variance**0.5
@@ -149,10 +149,10 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
 
-    x_t = signal * x_0 + noise_std * eps is known, so the average of all eps that may have led to it
-    gives the average of all such x_0: x_0_hat. As the mean of q_posterior is linear in x_0, x_0_hat
-    gives the right mean of x_{t-1}. The variance is too small, because x_0 may differ from x_0_hat.
-    With more steps, this error gets smaller.
+    1. For "eps", the network returns the mean of all eps that may have led to x_t.
+    2. As x_t = signal * x_0 + noise_std * eps, this mean eps belongs to the mean x_0: x_0_hat.
+    3. The mean of q_posterior is linear in x_0. So x_0_hat gives the right mean of x_{t-1}.
+    4. Its variance is too small, as x_0 may differ from x_0_hat. With more steps, less so.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
