@@ -83,15 +83,15 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0): two bell curves, multiplied (eq. 7)."""
-    # By Bayes' rule, it is q(x_{t-1} | x_0) times q(x_t | x_{t-1}), both bell curves in x_{t-1}.
+    """Return mean and variance of q(x_{t-1} | x_t, x_0), by Bayes' rule (eq. 7)."""
+    # It is the product of two bell curves. In it, inverse variances add up, and weight the means.
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
     mean_0 = alpha_bar_prev**0.5 * x_0  # what x_0 tells of x_{t-1}: eq. 4
     variance_0 = 1 - alpha_bar_prev
     mean_t = x_t / alpha**0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
     variance_t = (1 - alpha) / alpha  # the division enlarges the noise, too
     weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
-    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # beta_tilde
+    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # variance: beta_tilde
 
 
 # %% 3. Network: a small version of the paper's U-Net (appendix B)
@@ -209,7 +209,7 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Mix guessed image and noise, as q_sample does: arXiv 2010.02502, eq. 12, sigma = 0."""
-    # Training asks only that x_t be such a mix, for all t. So we may go to any smaller t at once.
+    # The network has learned from such mixes, at all t. So any smaller t will do for the next one.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # after the clamp, anew
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

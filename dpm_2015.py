@@ -64,11 +64,10 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion
-# q adds noise, from x_{t-1} to x_t. How can p go back? First, an easy case: the data are pure noise
-# themselves. Then all x_t look alike, and q is reversible: a film of it looks the same forwards and
-# backwards. So a step back is one more step of q. For other data, it is nearly that, if steps are
-# small. So p(x_{t-1} | x_t) is a step of q, corrected by a network, and p(x_T) is pure noise: the
-# prior. In symbols, reversible means prior(a) q(b | a) = prior(b) q(a | b).
+# q adds noise. How can p go back, from x_t to x_{t-1}? For pure noise, q is reversible, like a film
+# that looks the same backwards: prior(a) q(b | a) = prior(b) q(a | b). So a step back is one more
+# step of q. For other data, it nearly is, because a small step changes little. So p(x_{t-1} | x_t)
+# is a step of q, corrected by a network. p(x_T) is the prior, pure noise.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -80,29 +79,30 @@ class Gaussian(nn.Module):
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
         # alpha_bar_t = (1 - beta_1) ... (1 - beta_t) is x_0's share of the variance of x_t. Before
-        # training, its log-odds fall evenly, from those of 1 - beta_1 to -7: alpha_bar_T = 0.001.
-        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # (T,)
-        log_alpha_bars = nn.functional.logsigmoid(self.log_odds)  # sigmoid undoes log-odds
-        betas = -torch.expm1(log_alpha_bars.diff())  # beta_2..T: 1 - alpha_bar_t / alpha_bar_{t-1}
-        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)  # (T - 1,)
+        # training, its log-odds, log(share / (1 - share)), fall evenly to -7: alpha_bar_T is 0.001.
+        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # for t = 1..T
+        alpha_bars = self.log_odds.cpu().double().sigmoid()  # sigmoid undoes log-odds
+        betas = 1 - alpha_bars[1:] / alpha_bars[:-1]  # beta_2..T
+        self.logit_betas = nn.Parameter(betas.logit().to(self.log_odds), requires_grad=learn_betas)
         # The paper keeps beta_1 fixed, to prevent overfitting. beta_0 = 0 makes alpha_bar_0 = 1.
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
 
     def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
-        log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)
+        log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # log1p(-b) is log(1 - b)
         log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # alpha: product of 1 - beta, s + 1..t
-        stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise if alpha is near 1
+        stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise also near 0
         return Normal((log_alpha / 2).exp() * x, stddev)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
-        # Bayes' rule: q(x_{t-1} | x_0) times q(x_t | x_{t-1}), a bell curve in x_{t-1} of mean
-        # x_t / sqrt(1 - beta), variance beta / (1 - beta). 1 / variance and mean / variance add up.
-        before = self.q(x_0, 0, t - 1)
+        # Bayes' rule: multiply q(x_{t-1} | x_0) and q(x_t | x_{t-1}), both bell curves in x_{t-1}.
+        before = self.q(x_0, 0, t - 1)  # what x_0 tells of x_{t-1}
         beta = self.q(x_t, t - 1, t).variance  # the same for any x
-        variance = 1 / (1 / before.variance + (1 - beta) / beta)
-        mean = variance * (before.mean / before.variance + (1 - beta).sqrt() * x_t / beta)
-        return Normal(mean, variance.sqrt())
+        mean_t = x_t / (1 - beta).sqrt()  # what x_t tells of x_{t-1}
+        variance_t = beta / (1 - beta)
+        weight = variance_t / (before.variance + variance_t)  # inverse variances weight the means
+        mean = weight * before.mean + (1 - weight) * mean_t
+        return Normal(mean, (weight * before.variance).sqrt())  # inverse variances add up
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
         step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t. If z = 0, p is this step
@@ -131,7 +131,7 @@ class Binomial(nn.Module):
         return Bernoulli(alpha * x + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
-        # Bayes' rule for the log-odds of x_{t-1} = 1: those given x_0, plus those from x_t.
+        # Bayes' rule for odds, P(1) / P(0): multiply those given x_0 by those from x_t. Logs add.
         before = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
@@ -146,18 +146,18 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    On average over the data, K is at most log p(x_0). Here is why. Means are over data and q.
-    1. p(x_0) is the mean of p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). The log of a mean is never
-       below the mean of the log (Jensen). So a lower bound of log p(x_0) is K, the mean of
-           log p(x_T) + sum over t = 1..T of [log p(x_{t-1} | x_t) - log q(x_t | x_{t-1})].
-    2. For t >= 2, by Bayes' rule, the last term is the log of
-           q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0).
-       The first factor is compared with p: this makes -KL. The log of the fraction is H(x_{t-1} |
-       x_0) - H(x_t | x_0), on average. In the sum over t, only H_end - H_start is left of it.
-    3. For t = 1, p(x_0 | x_1) is one more step of q (eq. 44). As q is reversible, the bracket is
-       log prior(x_0) - log prior(x_1). Its mean is 0, as data and x_1 have the same mean square.
-    4. Nor does x_T differ in this (for bits: in its mean). So log p(x_T) has the mean -H_prior.
-    If z = 0, all brackets are like that of t = 1, and K is L_null, the mean of log prior(x_0).
+    On average over the data, K = -(all KLs) + H_end - H_start - H_prior is at most log p(x_0). Why?
+    E is a mean over q and data, a KL the mean of log(q / p), and an entropy H the mean of -log q.
+    1. p(x_0) = E p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). The log of a mean is at least the mean
+       of the log (Jensen). So E log p(x_0) is at least
+           E log p(x_T) + sum over t = 1..T of E [log p(x_{t-1} | x_t) - log q(x_t | x_{t-1})].
+    2. t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0) (Bayes). So
+           log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)   is left, with mean -KL, and
+           -log q(x_t | x_0) + log q(x_{t-1} | x_0)   with mean H(x_t | x_0) - H(x_{t-1} | x_0).
+       In the sum over t, the entropies cancel, except for H_end of x_T and -H_start of x_1.
+    3. t = 1: p(x_0 | x_1) is a step of q (eq. 44). As q is reversible, what is left is
+           log prior(x_0) - log prior(x_1)   with mean 0: E x^2 (bits: E x) is the same for all t.
+       For this reason, too, E log p(x_T) = -H_prior. If z = 0, K = E log prior(x_0), called L_null.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -176,8 +176,8 @@ def bound(model, x_0):
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it: z = sum_j g_j(t) y_j(x_t).
 
-    From all of x_t, an MLP computes features for each of its D numbers. A small network, the same
-    for all D, turns a number and its features into y_1, ..., y_10, for each z. g_j(t) are weights.
+    An MLP turns all of x_t into a few features for each of its D numbers. A small network, the same
+    for all D, turns a number and its features into 10 outputs y_j for each z. g_j(t) weights them.
     """
 
     def __init__(self, process, D, H, features=4):
