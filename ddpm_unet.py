@@ -202,15 +202,15 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
 
 
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take one step of Algorithm 2: draw x_{t-1} as if the guess x_0_hat were the true x_0."""
+    """Take a step of Algorithm 2, as if x_0_hat were x_0. As eq. 7 is linear, the mean is right."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Mix guessed image and noise, as q_sample does: arXiv 2010.02502, eq. 12, sigma = 0."""
-    # The network has learned from such mixes, at all t. So any smaller t will do for the next one.
-    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # after the clamp, anew
+    # The network knows such mixes at all t. So t may skip, though long skips cost precision.
+    eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 

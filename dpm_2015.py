@@ -66,8 +66,8 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise. How can p go back, from x_t to x_{t-1}? For pure noise, q is reversible, like a film
 # that looks the same backwards: prior(a) q(b | a) = prior(b) q(a | b). So a step back is one more
-# step of q. For other data, it nearly is, because a small step changes little. So p(x_{t-1} | x_t)
-# is a step of q, corrected by a network. p(x_T) is the prior, pure noise.
+# step of q. For other data, Bayes' rule multiplies it by q(x_{t-1}) / prior(x_{t-1}). If steps are
+# small, this only moves the bell curve (or the odds of a bit), and a network learns how far.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -131,7 +131,7 @@ class Binomial(nn.Module):
         return Bernoulli(alpha * x + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
-        # Bayes' rule for odds, P(1) / P(0): multiply those given x_0 by those from x_t. Logs add.
+        # Bayes' rule for odds: P(1) / P(0) given x_0, times q(x_t | 1) / q(x_t | 0). Logs add up.
         before = self.q(x_0, 0, t - 1)
         from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
         from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
@@ -147,7 +147,7 @@ def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
     On average over the data, K = -(all KLs) + H_end - H_start - H_prior is at most log p(x_0). Why?
-    E is a mean over q and data, a KL the mean of log(q / p), and an entropy H the mean of -log q.
+    E is a mean over q (in 1, given x_0) and data, KL is E log(q / p), and an entropy H is -E log q.
     1. p(x_0) = E p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). The log of a mean is at least the mean
        of the log (Jensen). So E log p(x_0) is at least
            E log p(x_T) + sum over t = 1..T of E [log p(x_{t-1} | x_t) - log q(x_t | x_{t-1})].
@@ -156,7 +156,7 @@ def bound(model, x_0):
            -log q(x_t | x_0) + log q(x_{t-1} | x_0)   with mean H(x_t | x_0) - H(x_{t-1} | x_0).
        In the sum over t, the entropies cancel, except for H_end of x_T and -H_start of x_1.
     3. t = 1: p(x_0 | x_1) is a step of q (eq. 44). As q is reversible, what is left is
-           log prior(x_0) - log prior(x_1)   with mean 0: E x^2 (bits: E x) is the same for all t.
+           log prior(x_0) - log prior(x_1)   with mean 0: E x^2 = 1 (bits: E x = m) for all t.
        For this reason, too, E log p(x_T) = -H_prior. If z = 0, K = E log prior(x_0), called L_null.
     """
     process = model.process
@@ -172,7 +172,7 @@ def bound(model, x_0):
     return K / math.log(2), t
 
 
-# %% 4. The network (the paper has one for each data set; eq. 62 is the same for all)
+# %% 4. The network (the paper has one for each data set, and eq. 62 and 63 for images alone)
 class Model(nn.Module):
     """A diffusion process, and the network that learns to undo it: z = sum_j g_j(t) y_j(x_t).
 

@@ -152,7 +152,7 @@ def p_sample(model, schedule, x_t, t, predict, limit):
     1. For "eps", the network returns the mean of all eps that may have led to x_t.
     2. As x_t = signal * x_0 + noise_std * eps, this mean eps belongs to the mean x_0: x_0_hat.
     3. The mean of q_posterior is linear in x_0. So x_0_hat gives the right mean of x_{t-1}.
-    4. Its variance is too small, as x_0 may differ from x_0_hat. With more steps, less so.
+    4. The variance is too small, as it takes x_0_hat for certain. In small steps, little is lost.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
