@@ -209,7 +209,7 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Mix guessed image and noise, as q_sample does: arXiv 2010.02502, eq. 12, sigma = 0."""
-    # The network knows such mixes at all t. So t may skip, though long skips cost precision.
+    # The network knows such mixes at all t. So we may skip some t, though this costs precision.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

@@ -116,7 +116,7 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
     Many pairs of x_0 and eps may have led to x_t. The best output (least squared error) is the mean
-    of their targets, likely pairs counting more. For eps, this is L_simple (eq. 14, unweighted).
+    of their targets; likely pairs count more. With eps: L_simple (eq. 14), or eq. 12 unweighted.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
