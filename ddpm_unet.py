@@ -13,7 +13,6 @@ x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixel
 Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise. New tensors are on --device.
 """
 
-import io
 import json
 import os
 import signal
@@ -83,18 +82,18 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0), by Bayes' rule (eq. 7)."""
-    # It is the product of two bell curves. In it, inverse variances add up, and weight the means.
+    """Return mean and variance of q(x_{t-1} | x_t, x_0): what Bayes' rule makes of q (eq. 7)."""
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
-    mean_0 = alpha_bar_prev**0.5 * x_0  # what x_0 tells of x_{t-1}: eq. 4
-    variance_0 = 1 - alpha_bar_prev
-    mean_t = x_t / alpha**0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
-    variance_t = (1 - alpha) / alpha  # the division enlarges the noise, too
-    weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
-    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # variance: beta_tilde
+    beta = 1 - alpha
+    coef_x_0 = alpha_bar_prev**0.5 * beta / (1 - alpha_bar)
+    coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)  # beta_tilde
+    return coef_x_0 * x_0 + coef_x_t * x_t, variance
 
 
 # %% 3. Network: a small version of the paper's U-Net (appendix B)
+# On the way down, images get smaller, and channels more. In the middle, each pixel sees all others.
+# On the way up, blocks bring back the details: they also see what the way down knew at their size.
 def conv(C_in, C):
     """Return group norm, SiLU, 3x3 convolution: (B, C_in, H, W) to (B, C, H, W), C features."""
     return nn.Sequential(nn.GroupNorm(8, C_in), nn.SiLU(), nn.Conv2d(C_in, C, 3, padding=1))
@@ -145,9 +144,6 @@ class UNet(nn.Module):
         self.last = conv(C, channels)
 
     def forward(self, x_t, t, labels):
-        if len(x_t) > 100 and not torch.is_grad_enabled():  # sampling: 100 at a time saves memory
-            parts = zip(x_t.split(100), t.split(100), labels.split(100))
-            return torch.cat([self(*part) for part in parts])
         angles = (t[:, None] - 1) * self.frequencies  # (B, E / 2), for 0..T-1 as in other code
         temb = self.time_mlp(torch.cat((angles.sin(), angles.cos()), dim=1))
         temb = F.silu(temb + self.label_embedding(labels))  # (B, E)
@@ -181,6 +177,10 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 5. Sampling
+# x_0_hat, the network's guess of x_0, is the mean of all images that may have led to x_t. Two ways
+# to take a step with it: p_sample draws from q_posterior, in which x_0_hat gives the right mean, as
+# this mean is linear in x_0. ddim_step draws nothing. It mixes x_0_hat and eps_hat again, with less
+# noise. It keeps the right q(x_t) for each t, in the limit of small steps, and stands larger ones.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -202,14 +202,13 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
 
 
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Take a step of Algorithm 2, as if x_0_hat were x_0. As eq. 7 is linear, the mean is right."""
+    """Draw x_{t-1} by Algorithm 2, with x_0_hat in place of x_0."""
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Mix guessed image and noise, as q_sample does: arXiv 2010.02502, eq. 12, sigma = 0."""
-    # The network knows such mixes at all t. So we may skip some t, though this costs precision.
+    """Return x_{t-1} by DDIM: arXiv 2010.02502, eq. 12, with sigma = 0."""
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -218,6 +217,14 @@ def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD_SIZE processes and numbers them
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops early
+
+
+def must_stop():
+    """Return whether a signal has come to any process, so that all stop after the same step."""
+    count = torch.tensor(len(SIGNALS), device="cpu")
+    if WORLD_SIZE > 1:
+        distributed.all_reduce(count)  # the sum over all processes
+    return count > 0
 
 
 def train(net, ema, images, labels, options, path, state):
@@ -245,17 +252,15 @@ def train(net, ema, images, labels, options, path, state):
         for average, weight in zip(ema.parameters(), net.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        stop = torch.tensor(len(SIGNALS), device="cpu")  # a tensor, so that processes can add it up
-        if WORLD_SIZE > 1:
-            distributed.all_reduce(stop)  # and all stop after the same step
-        if RANK == 0 and (stop > 0 or step + 1 == steps.stop or time.time() > saved + 60):
+        stop = must_stop()
+        if RANK == 0 and (stop or step + 1 == steps.stop or time.time() > saved + 60):
             if not loss.isfinite():
                 sys.exit("ddpm_unet.py: error: the loss is not finite: lower --learning_rate")
-            parts = {"net": net, "ema": ema, "optimizer": optimizer}
-            weights = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(path, {"options": options, "step": step + 1, **weights})
+            weights = {"net": net.state_dict(), "ema": ema.state_dict()}
+            state = {"options": options, "step": step + 1, "optimizer": optimizer.state_dict()}
+            save_checkpoint(path, {**state, **weights})
             saved = time.time()
-        if stop > 0:
+        if stop:
             break
 
 
@@ -269,18 +274,22 @@ def tile(x, columns):
 def sample(net, args, out):
     """Draw images of the labels in turn. Save them, and a GIF: x_t on the left, x_0_hat right."""
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
-    x = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
-    labels = torch.tensor(args.label).repeat(len(x))[: len(x)]  # all labels, again and again
+    noise = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
+    labels = torch.tensor(args.label).repeat(len(noise))[: len(noise)]  # all, again and again
     alpha_bars = make_schedule(args.num_timesteps)
     num_steps = min(args.sampling_steps, args.num_timesteps)
-    chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
     frames = []
-    for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-        if steps_left % max(1, num_steps // 50) == 0:  # every step, if below 100
-            frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
+    images = []
+    for x, label in zip(noise.split(100), labels.split(100)):  # 100 at a time, to save memory
+        chain = p_sample_loop(net, alpha_bars, num_steps, x, label, args.guidance, args.sampler)
+        for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
+            if len(images) == 0 and steps_left % max(1, num_steps // 50) == 0:
+                frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
+        images.append(x_t)  # the last x_t is finished
+    images = torch.cat(images)
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
-    imageio.imwrite(out / "samples.png", tile(x_t[:100], 10))  # the last x_t is finished
-    pixels = ((x_t + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+    imageio.imwrite(out / "samples.png", tile(images[:100], 10))
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
     np.save(out / "samples.npy", pixels.permute(0, 2, 3, 1).squeeze(3))
     print(f"Look at {out / 'samples.png'}.")
 
@@ -292,9 +301,8 @@ TRAINING = ["dataset", "image_size", "train_batch_size", "num_epochs", "learning
 
 def save_checkpoint(path, state):
     """Save under another name, then rename, so that model.pt is always complete."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    path.with_suffix(".part").write_bytes(content.getvalue())
+    with path.with_suffix(".part").open("wb") as file:
+        torch.save(state, file)
     path.with_suffix(".part").replace(path)
 
 

@@ -1,7 +1,7 @@
 """Deep Unsupervised Learning using Nonequilibrium Thermodynamics: the first diffusion model.
 
-Its forward process turns data into noise in T small steps. A network learns to undo them: training
-raises K, a lower bound on the mean log p(data). Paper: https://arxiv.org/abs/1503.03585.
+T small steps turn data into noise. A network learns to undo them: training raises K, a lower bound
+on the mean of log p(data), in bits. The paper of 2015: https://arxiv.org/abs/1503.03585.
 
     python dpm_2015.py                        swiss roll, in two minutes
     python dpm_2015.py --dataset heartbeat    binary sequences, in five minutes
@@ -11,7 +11,6 @@ Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 x is (B, D): B examples of D numbers or bits. t is one number, or (B, 1): one for each example.
 """
 
-import io
 import json
 import math
 import sys
@@ -26,8 +25,6 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.distributions import Bernoulli, Distribution, Normal, kl_divergence
 from tqdm import tqdm
-
-Distribution.set_default_validate_args(False)  # q(x_0 | x_0) has variance 0
 
 
 # %% 1. Data
@@ -64,81 +61,80 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion
-# q adds noise. How can p go back, from x_t to x_{t-1}? For pure noise, q is reversible, like a film
-# that looks the same backwards: prior(a) q(b | a) = prior(b) q(a | b). So a step back is one more
-# step of q. For other data, Bayes' rule multiplies it by q(x_{t-1}) / prior(x_{t-1}). If steps are
-# small, this only moves the bell curve (or the odds of a bit), and a network learns how far.
+# q adds noise, p removes it. The prior is pure noise: numbers from N(0, 1), or bits of mean m. A
+# film of it looks the same if it runs backwards: prior(a) q(b | a) = prior(b) q(a | b) for a step.
+# (Gaussian: a and b have variance 1 and correlation sqrt(1 - beta). Nothing says which came first.)
+# So for noise, a step back is a step of q. For data, if steps are small, it has the same form, but
+# other parameters. A network computes z, which changes mean and variance, or the log-odds of a bit.
 class Gaussian(nn.Module):
-    """Gaussian diffusion. One step: q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
+    """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
-    sample = staticmethod(Normal.rsample)  # sample(q) is q.rsample(): gradients reach the betas
-    z_per_x = 2  # a network computes z_mu and z_sigma for each number
+    z_per_number = 2  # z_mu and z_sigma
+    sample = staticmethod(Normal.rsample)  # smooth in the betas, which gives them gradients
 
-    def __init__(self, T, beta_1, learn_betas):
+    def __init__(self, T, beta_1, learn_betas):  # beta_1 stays fixed, to prevent overfitting
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        # alpha_bar_t = (1 - beta_1) ... (1 - beta_t) is x_0's share of the variance of x_t. Before
-        # training, its log-odds, log(share / (1 - share)), fall evenly to -7: alpha_bar_T is 0.001.
-        self.log_odds = torch.linspace(math.log(1 / beta_1 - 1), -7, T)  # for t = 1..T
-        alpha_bars = self.log_odds.cpu().double().sigmoid()  # sigmoid undoes log-odds
-        betas = 1 - alpha_bars[1:] / alpha_bars[:-1]  # beta_2..T
-        self.logit_betas = nn.Parameter(betas.logit().to(self.log_odds), requires_grad=learn_betas)
-        # The paper keeps beta_1 fixed, to prevent overfitting. beta_0 = 0 makes alpha_bar_0 = 1.
-        self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))
+        self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
+        # alpha_bar_t is (1 - beta_1) ... (1 - beta_t). Before training, noise = 1 - alpha_bar_t,
+        # its part in x_t, rises from beta_1 to 0.999 along an S-curve: the sigmoid of a line.
+        self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # of noise
+        noise = self.log_odds.sigmoid()
+        betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
+        self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
 
-    def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
+    def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # log1p(-b) is log(1 - b)
-        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # alpha: product of 1 - beta, s + 1..t
-        stddev = (-torch.expm1(log_alpha)).sqrt()  # sqrt(1 - alpha), precise also near 0
-        return Normal((log_alpha / 2).exp() * x, stddev)
+        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # product of 1 - beta, s + 1..t
+        variance = -torch.expm1(log_alpha)  # 1 - alpha, precise also near 0
+        return Normal((log_alpha / 2).exp() * x_s, variance.sqrt())
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
         # Bayes' rule: multiply q(x_{t-1} | x_0) and q(x_t | x_{t-1}), both bell curves in x_{t-1}.
         before = self.q(x_0, 0, t - 1)  # what x_0 tells of x_{t-1}
         beta = self.q(x_t, t - 1, t).variance  # the same for any x
-        mean_t = x_t / (1 - beta).sqrt()  # what x_t tells of x_{t-1}
-        variance_t = beta / (1 - beta)
+        mean_t = x_t / (1 - beta).sqrt()  # what x_t tells: the step, solved for x_{t-1}
+        variance_t = beta / (1 - beta)  # the division enlarges the noise, too
         weight = variance_t / (before.variance + variance_t)  # inverse variances weight the means
         mean = weight * before.mean + (1 - weight) * mean_t
         return Normal(mean, (weight * before.variance).sqrt())  # inverse variances add up
 
-    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, 2 D) is the network's output
-        step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t. If z = 0, p is this step
+    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, 2 D) from the network
         z_mu, z_sigma = z.chunk(2, dim=1)
-        mu = step.mean + step.stddev * z_mu  # as the authors' code does it; eq. 65 differs
+        step = self.q(x_t, t - 1, t)  # if z = 0, p is this step
+        mean = step.mean + step.stddev * z_mu  # as the authors' code does it; eq. 65 differs
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
-        return Normal(mu, variance.sqrt())
+        return Normal(mean, variance.sqrt())
 
 
-class Binomial(nn.Module):
+class Binomial:
     """Diffusion of bits: a step keeps a bit, or with probability beta_t draws it from the prior."""
 
+    z_per_number = 1
     sample = staticmethod(Bernoulli.sample)
-    z_per_x = 1
 
     def __init__(self, T, m):
-        super().__init__()
         self.T = T
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
-        self.register_buffer("alpha_bars", 1 - torch.arange(T + 1) / T)  # beta_t = 1 / (T - t + 1)
-        self.log_odds = self.alpha_bars[1:].logit().clamp(min=-8)  # not -infinity at T
+        self.alpha_bars = 1 - torch.arange(T + 1) / T  # each step redraws 1 / T of all bits
+        self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # of the part of noise
 
-    def q(self, x, s, t):  # q(x_t | x_s), given x = x_s: t - s steps at once
+    def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
-        return Bernoulli(alpha * x + (1 - alpha) * self.m)
+        return Bernoulli(alpha * x_s + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
-        # Bayes' rule for odds: P(1) / P(0) given x_0, times q(x_t | 1) / q(x_t | 0). Logs add up.
-        before = self.q(x_0, 0, t - 1)
-        from_1 = self.q(torch.ones_like(x_t), t - 1, t).log_prob(x_t)
-        from_0 = self.q(torch.zeros_like(x_t), t - 1, t).log_prob(x_t)
-        return Bernoulli(logits=before.logits + from_1 - from_0)
+        # Bayes' rule for odds P(1) / P(0): those before we see x_t, times q(x_t | 1) / q(x_t | 0).
+        before = self.q(x_0, 0, t - 1)  # its logits are log-odds, log(P(1) / P(0))
+        log_q_1 = self.q(1, t - 1, t).log_prob(x_t)  # log q(x_t | x_{t-1} = 1)
+        log_q_0 = self.q(0, t - 1, t).log_prob(x_t)
+        return Bernoulli(logits=before.logits + log_q_1 - log_q_0)
 
-    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), where z (B, D) is the network's output
-        step = self.q(x_t, t - 1, t)  # one more step of q, now from x_t: this is p if z = 0
+    def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, D) from the network
+        step = self.q(x_t, t - 1, t)  # if z = 0, p is this step
         return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # never 0 or 1: KL stays finite
 
 
@@ -146,25 +142,25 @@ class Binomial(nn.Module):
 def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
-    On average over the data, K = -(all KLs) + H_end - H_start - H_prior is at most log p(x_0). Why?
-    E is a mean over q (in 1, given x_0) and data, KL is E log(q / p), and an entropy H is -E log q.
-    1. p(x_0) = E p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0). The log of a mean is at least the mean
-       of the log (Jensen). So E log p(x_0) is at least
-           E log p(x_T) + sum over t = 1..T of E [log p(x_{t-1} | x_t) - log q(x_t | x_{t-1})].
-    2. t >= 2: q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0) (Bayes). So
-           log p(x_{t-1} | x_t) - log q(x_{t-1} | x_t, x_0)   is left, with mean -KL, and
-           -log q(x_t | x_0) + log q(x_{t-1} | x_0)   with mean H(x_t | x_0) - H(x_{t-1} | x_0).
-       In the sum over t, the entropies cancel, except for H_end of x_T and -H_start of x_1.
-    3. t = 1: p(x_0 | x_1) is a step of q (eq. 44). As q is reversible, what is left is
-           log prior(x_0) - log prior(x_1)   with mean 0: E x^2 = 1 (bits: E x = m) for all t.
-       For this reason, too, E log p(x_T) = -H_prior. If z = 0, K = E log prior(x_0), called L_null.
+    x_1, ..., x_T are to x_0 what the latent variable is in a VAE. As there, by Jensen's inequality,
+        E log p(x_0) >= E log [p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)] = K,
+    where E is the mean over data and q. Both are products of steps. Bayes' rule turns those of q:
+        q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0), for t >= 2.
+    The last two cancel in the product of all steps and q(x_1 | x_0), except for q(x_T | x_0). So
+        K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
+            + E log p(x_T) - E log q(x_T | x_0)    (this is -H_prior + H_end)
+            + E log p(x_0 | x_1)                   (this is -H_start)
+    The mean of log prior(x) depends only on the mean of x^2 (bits: of x). In data, this is 1 (m),
+    so it is in all x_t: E log prior(x_t) = -H_prior. The step to data, t = 1, is a step of q (eq.
+    44): p(x_0 | x_1) = q(x_1 | x_0) prior(x_0) / prior(x_1), by section 2. The priors cancel in E.
+    If z is 0 for all t, K is E log prior(x_0), as all else cancels: L_null, to be beaten.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
     x_t = process.sample(process.q(x_0, 0, t))
-    posterior = process.q_posterior(x_0, x_t, t)
-    p = process.p_reverse(model(x_t, t), x_t, t)
-    kl = kl_divergence(posterior, p).sum(dim=1)
+    z = model(x_t, t)
+    p = process.p_reverse(z, x_t, t)
+    kl = kl_divergence(process.q_posterior(x_0, x_t, t), p).sum(dim=1)
     H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H(x_T | x_0)
     H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H(x_1 | x_0)
     H_prior = x_0.shape[1] * process.prior.entropy()  # in eq. 14, H_p(x_T)
@@ -172,64 +168,69 @@ def bound(model, x_0):
     return K / math.log(2), t
 
 
-# %% 4. The network (the paper has one for each data set, and eq. 62 and 63 for images alone)
+# %% 4. Network (the paper has one for each data set, and eq. 62 and 63 for images alone)
 class Model(nn.Module):
-    """A diffusion process, and the network that learns to undo it: z = sum_j g_j(t) y_j(x_t).
+    """A diffusion process, and a network that learns to undo it: z = sum_j g_j(t) y_j (eq. 62)."""
 
-    An MLP turns all of x_t into a few features for each of its D numbers. A small network, the same
-    for all D, turns a number and its features into 10 outputs y_j for each z. g_j(t) weights them.
-    """
-
-    def __init__(self, process, D, H, features=4):
+    def __init__(self, process, D, hidden_size):
         super().__init__()
         self.process = process
+        # These layers do not see t. They compute ten y_j for each z, and step t uses two or three.
         layers = []
-        for inputs in (D, H, H):
-            layers += [nn.Linear(inputs, H), nn.LayerNorm(H), nn.GELU()]
-        self.dense = nn.Sequential(*layers, nn.Linear(H, D * features))
-        self.units = nn.Sequential(nn.Linear(features + 1, 4 * features), nn.GELU())
-        self.read_out = nn.Linear(4 * features, 10 * process.z_per_x)
-        nn.init.zeros_(self.read_out.weight)  # training begins at z = 0
-        nn.init.zeros_(self.read_out.bias)
-        # g_j(t), eq. 63: 10 bumps, side by side over log_odds. A table (T, 10); rows sum to 1.
+        for inputs in (D, hidden_size, hidden_size):
+            layers += [nn.Linear(inputs, hidden_size), nn.LayerNorm(hidden_size), nn.GELU()]
+        self.dense = nn.Sequential(*layers, nn.Linear(hidden_size, 4 * D))  # 4 for each number
+        last = nn.Conv1d(16, 10 * process.z_per_number, 1)  # width 1: a small MLP for each number
+        self.conv = nn.Sequential(nn.Conv1d(5, 16, 1), nn.GELU(), last)
+        nn.init.zeros_(last.weight)  # so training begins near z = 0
+        # g_j(t) is the j-th of ten bumps, side by side over log_odds. They sum to 1 (eq. 63).
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
-        self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))
+        self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))  # (T, 10)
 
     def forward(self, x_t, t):
         """Return z (B, D), or z_mu and z_sigma (B, 2 D), for x_t (B, D) and t (B, 1)."""
-        B, D = x_t.shape
-        h = torch.cat((self.dense(x_t).view(B, D, -1), x_t[:, :, None]), dim=2)  # features, x_t
-        y = self.read_out(self.units(h)).view(B, D, -1, 10)  # 10 for each z of each number
-        g = self.temporal_basis[t[:, 0] - 1]  # (B, 10)
-        z = torch.einsum("bdkj,bj->bdk", y, g)  # eq. 62: z = sum_j g_j(t) y_j
-        return z.transpose(1, 2).flatten(1)  # all z_mu, then all z_sigma
+        h = torch.cat((x_t, self.dense(x_t)), dim=1).view(len(x_t), 5, -1)  # (B, 5, D): x_t first
+        y = self.conv(h).view(len(x_t), 10, -1)  # (B, 10, D), or (B, 10, 2 D): y_1 to y_10
+        g = self.temporal_basis[t - 1]  # (B, 1, 10)
+        return (g @ y)[:, 0]
 
 
 # %% 5. Sampling and inpainting
-@torch.no_grad()
-def p_sample_loop(model, x_0, known, passes):
-    """Draw x (B, D) from the prior and turn it into data. Yield (t, x) for t = T, ..., 0.
+def p_sample(model, x_t, t):
+    """Undo step t: draw x_{t-1} (B, D), for x_t (B, D) and one number t."""
+    z = model(x_t, torch.full((len(x_t), 1), t)) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
+    return model.process.sample(model.process.p_reverse(z, x_t, t))
 
-    Where known (D,) is true, x is x_0 (B, D), as noisy as the rest (the paper keeps it clean).
-    Steps are repeated, so that the unknown part can adapt to the known one: arXiv 2201.09865.
-    """
+
+@torch.no_grad()
+def p_sample_loop(model, shape):
+    """Draw x of this shape from the prior. Turn it into data. Yield (t, x) for t = T, ..., 0."""
+    x = model.process.prior.sample(shape)
+    yield model.process.T, x
+    for t in range(model.process.T, 0, -1):
+        x = p_sample(model, x, t)
+        yield t - 1, x
+
+
+@torch.no_grad()
+def inpaint(model, x_0, known, passes=10):
+    """Return x_0 (B, D) with new values where known (D,) is false: RePaint, arXiv 2201.09865."""
     process = model.process
     x = process.prior.sample(x_0.shape)
-    yield process.T, x
-    for t in range(process.T, 0, -1):
-        for k in range(passes if t > 1 else 1):
+    for t in tqdm(range(process.T, 1, -1), "inpainting"):
+        for k in range(passes):  # several, so that the new part can adapt to the known one
             if k > 0:
-                x = process.sample(process.q(x, t - 1, t))  # noise it again: x_{t-1} to x_t
-            z = model(x, torch.full((len(x), 1), t)) * (t > 1)  # p(x_0 | x_1) is q: eq. 44
-            x = process.sample(process.p_reverse(z, x, t))  # from x_t to x_{t-1}
-            x = torch.where(known, process.sample(process.q(x_0, 0, t - 1)), x)
-        yield t - 1, x
+                x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} forward to x_t again
+            x = p_sample(model, x, t)
+            known_part = process.sample(process.q(x_0, 0, t - 1))  # in the paper of 2015, just x_0
+            x = torch.where(known, known_part, x)
+    return torch.where(known, x_0, p_sample(model, x, 1))
 
 
 # %% 6. Training
 def train(model, rows, options, path, state):
-    """Maximise K (for digits, weighted) with Adam. state is {}, or what to resume."""
+    """Maximise K (for digits, weighted) with Adam. state is {}, or the checkpoint to go on from."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -243,7 +244,7 @@ def train(model, rows, options, path, state):
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
         if options["dataset"] == "mnist":  # KLs at small t are large: let them count less
-            loss = loss * model.process.q(0, 0, t).variance[:, 0]  # 1 - alpha_bar_t, whatever x is
+            loss = loss * model.process.q(x_0, 0, t).variance[:, 0]  # 1 - alpha_bar_t
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -253,9 +254,8 @@ def train(model, rows, options, path, state):
             if not K.isfinite().all():
                 sys.exit("dpm_2015.py: error: K is not finite: lower --learning_rate")
             weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            content = io.BytesIO()
-            torch.save({"options": options, "step": step + 1, **weights}, content)
-            path.with_suffix(".part").write_bytes(content.getvalue())
+            with path.with_suffix(".part").open("wb") as file:
+                torch.save({"options": options, "step": step + 1, **weights}, file)
             path.with_suffix(".part").replace(path)  # so that model.pt is always complete
 
 
@@ -281,24 +281,22 @@ def draw(title, x, colour="C1"):
 def evaluate(model, test_rows, num_samples, out):
     """Draw samples x, complete test examples from their first half (y), and estimate K."""
     T, D = model.process.T, test_rows.shape[1]
-    chain = p_sample_loop(model, torch.zeros(num_samples, D), torch.zeros(D).bool(), passes=1)
     frames = []
-    for t, x in tqdm(chain, "sampling", T + 1):
+    for t, x in tqdm(p_sample_loop(model, (num_samples, D)), "sampling", T + 1):
         if t % max(1, T // 40) == 0:
             frames.append(draw(f"{t} steps left", x))
     imageio.mimsave(out / "process.gif", frames + 20 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", draw("samples", x))
     x_0 = test_rows[torch.randint(len(test_rows), (200,))]
     known = torch.arange(D) < D / 2
-    for _, y in tqdm(p_sample_loop(model, x_0, known, passes=10), "inpainting", T + 1):
-        pass
+    y = inpaint(model, x_0, known)
     panels = [draw("known", known * x_0, "C0"), draw("completed", y), draw("data", x_0, "C0")]
     imageio.imwrite(out / "inpainting.png", np.hstack(panels))
     batches = torch.randint(len(test_rows), (200, 1000))
     Ks = torch.cat([bound(model, test_rows[batch])[0] for batch in tqdm(batches, "bound")])
     L_null = model.process.prior.log_prob(test_rows).sum(dim=1).mean().item() / math.log(2)
-    error = Ks.std().item() / len(Ks) ** 0.5
-    return x, y, {"K": Ks.mean().item(), "standard error of K": error, "L_null": L_null}
+    figures = {"K": Ks.mean().item(), "standard error of K": Ks.std().item() / len(Ks) ** 0.5}
+    return x, y, figures | {"L_null": L_null}
 
 
 # %% 8. Command line, and main, which puts everything together
@@ -307,7 +305,7 @@ TRAINING = ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
 
 
 def parse_options(argv):
-    """Return the parsed options and the content of the checkpoint, {} if there is none."""
+    """Return the options, and the content of the checkpoint, {} if there is none."""
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser = ArgumentParser(usage="dpm_2015.py [options]", description=__doc__.splitlines()[0])
     flag = parser.add_argument
@@ -325,7 +323,12 @@ def parse_options(argv):
     flag("--data_dir", default="data", help="holds the 4 files of MNIST in MNIST/raw, or will")
     flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
-    args = parser.parse_args(argv)  # first, only to find out the data set and the checkpoint
+    args = parser.parse_args(argv)
+    if args.dataset in BITS:
+        parser.set_defaults(num_timesteps=2000, num_training_steps=8000)
+    if args.dataset == "mnist":
+        parser.set_defaults(num_timesteps=1000, hidden_size=768)
+        parser.set_defaults(train_batch_size=256, num_training_steps=14_000, learning_rate=2e-3)
     path = args.resume if args.checkpoint is None else args.checkpoint
     state = {}
     if path is not None:
@@ -334,16 +337,11 @@ def parse_options(argv):
             state = {name: state[name] for name in ("options", "step", "model", "optimizer")}
         except Exception as error:
             raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
-    options = state.get("options", {"dataset": args.dataset})
-    if options["dataset"] in BITS:
-        parser.set_defaults(num_timesteps=2000, num_training_steps=8000)
-    if options["dataset"] == "mnist":
-        parser.set_defaults(num_timesteps=1000, num_training_steps=14_000)
-        parser.set_defaults(hidden_size=768, train_batch_size=256, learning_rate=2e-3)
-    parser.set_defaults(**options)
-    args = parser.parse_args(argv)  # again: what you give wins over model.pt, that over defaults
-    vars(args).update({name: options[name] for name in MODEL if name in options})  # except these
-    limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture has 25 samples
+        parser.set_defaults(**state["options"])  # as in the training that wrote model.pt
+    args = parser.parse_args(argv)  # again, now with these defaults
+    if state:  # the weights fit only this model, whatever the command line says
+        vars(args).update({name: state["options"][name] for name in MODEL})
+    limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture shows 25 digits
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not value > limits.get(name, 0):
             parser.error(f"--{name} {value}: must be above {limits.get(name, 0)}")
@@ -353,6 +351,7 @@ def parse_options(argv):
 def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
     args, state = parse_options(argv)
+    Distribution.set_default_validate_args(False)  # this is faster, and train watches K
     digits = args.dataset == "mnist"
     if not digits:
         torch.set_num_threads(1)  # small networks gain nothing from more
@@ -371,7 +370,7 @@ def main(argv=None):
         process = Binomial(args.num_timesteps, m=rows.mean().item())
     else:
         process = Gaussian(args.num_timesteps, 1e-5 if digits else 1e-4, learn_betas=not digits)
-    model = Model(process, rows.shape[1], args.hidden_size, features=4 if digits else 8)
+    model = Model(process, rows.shape[1], args.hidden_size)
     if state:
         model.load_state_dict(state["model"])
     if args.checkpoint is None:
@@ -384,7 +383,8 @@ def main(argv=None):
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())
     np.save(out / "inpainted.npy", (y * scale + shift).cpu())
-    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]  # unscaled
+    # Dividing by scale has made the density larger, scale times in each dimension.
+    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]
     facts = {"options": vars(args), "figures": figures, "torch": torch.__version__}
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
