@@ -1,8 +1,7 @@
 """DDPM with a U-Net: Denoising Diffusion Probabilistic Models (arXiv 2006.11239), in one file.
 
 T small steps turn an image x_0 into noise; after t of them it is x_t. A U-Net learns to guess the
-noise in x_t. Taking it out gives a guess of x_0: if t is large, a blurred one, an average of images
-that fit x_t. So we step a little towards it, and guess again. DDIM (arXiv 2010.02502) skips steps.
+noise in x_t. With its guesses, we go back from pure noise to a new image, in many small steps.
 
     python ddpm_unet.py                                     MNIST, in 45 minutes on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
@@ -28,9 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import distributed, nn
-from torchvision.datasets import MNIST
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.utils import make_grid
+from torchvision import datasets, utils
 from tqdm import tqdm
 
 
@@ -49,12 +46,13 @@ def load_images(dataset, data_dir, size):
     """Return images, uint8 (N, C, size, size), and labels (N,): subfolders are classes, if any."""
     if dataset == "mnist":
         try:
-            mnist = MNIST(data_dir, download=True)
+            mnist = datasets.MNIST(data_dir, download=True)
         except RuntimeError as error:
             raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
         return mnist.data[:, None], mnist.targets
     classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
-    files = make_dataset(dataset, {name: k for k, name in enumerate(classes)}, IMG_EXTENSIONS)
+    numbers = {name: number for number, name in enumerate(classes)}  # "." is the folder itself
+    files = datasets.folder.make_dataset(dataset, numbers, datasets.folder.IMG_EXTENSIONS)
     images = []
     for path, _ in tqdm(files, "reading"):  # pairs of path and class number
         try:
@@ -70,8 +68,9 @@ def load_images(dataset, data_dir, size):
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
-    # Step t multiplies x_{t-1} by sqrt(1 - beta_t) and adds noise of variance beta_t (eq. 2).
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is nearly 0
+    # Step t scales x_{t-1} by sqrt(alpha), and adds noise of variance 1 - alpha (eq. 2). So noise
+    # of variance 1 - alpha_bar_prev becomes alpha (1 - alpha_bar_prev) + 1 - alpha = 1 - alpha_bar.
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # their sum is 10: alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
@@ -82,18 +81,17 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0): what Bayes' rule makes of q (eq. 7)."""
+    """Return mean and variance of q(x_{t-1} | x_t, x_0): by Bayes, two bell curves multiplied."""
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
-    beta = 1 - alpha
-    coef_x_0 = alpha_bar_prev**0.5 * beta / (1 - alpha_bar)
-    coef_x_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
-    variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)  # beta_tilde
-    return coef_x_0 * x_0 + coef_x_t * x_t, variance
+    mean_0 = alpha_bar_prev**0.5 * x_0  # what x_0 tells of x_{t-1}: eq. 4
+    variance_0 = 1 - alpha_bar_prev
+    mean_t = x_t / alpha**0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
+    variance_t = (1 - alpha) / alpha  # the division enlarges the noise, too
+    weight = variance_t / (variance_0 + variance_t)  # inverse variances add up and weight the means
+    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # eq. 7
 
 
-# %% 3. Network: a small version of the paper's U-Net (appendix B)
-# On the way down, images get smaller, and channels more. In the middle, each pixel sees all others.
-# On the way up, blocks bring back the details: they also see what the way down knew at their size.
+# %% 3. Network: a small U-Net (appendix B). Way down: smaller images; way up: back, helped by skips
 def conv(C_in, C):
     """Return group norm, SiLU, 3x3 convolution: (B, C_in, H, W) to (B, C, H, W), C features."""
     return nn.Sequential(nn.GroupNorm(8, C_in), nn.SiLU(), nn.Conv2d(C_in, C, 3, padding=1))
@@ -166,21 +164,22 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
+# As in a VAE, -log p(x_0) has a bound: here a sum of KLs of q_posterior with x_0, and with a guess
+# of x_0. Both are normal, of equal variance, so each KL is the squared error of their means, or of
+# eps, times a factor. L_simple drops the factors: no bound any more, but better images.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
-    """Return the loss of Algorithm 1 for a batch x_0: L_simple, eq. 14."""
+    """Return the loss of Algorithm 1 for a batch x_0: L_simple (eq. 14)."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # a tenth learns without its label, for guidance
+    dropped = torch.rand(len(x_0)) < 0.1  # in a tenth, the label is hidden, for guidance
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
 
 # %% 5. Sampling
-# x_0_hat, the network's guess of x_0, is the mean of all images that may have led to x_t. Two ways
-# to take a step with it: p_sample draws from q_posterior, in which x_0_hat gives the right mean, as
-# this mean is linear in x_0. ddim_step draws nothing. It mixes x_0_hat and eps_hat again, with less
-# noise. It keeps the right q(x_t) for each t, in the limit of small steps, and stands larger ones.
+# Many pairs of x_0 and eps may have made x_t. A squared error is least at the mean, so eps_hat is
+# the mean of those eps, and x_0_hat (eq. 15) of those x_0: a blurred guess, for a small step back.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -188,7 +187,7 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
     for k in range(num_steps):
         alpha_bar = alpha_bars[steps[k]].item()
-        alpha_bar_prev = alpha_bars[steps[k + 1]].item()  # at the smaller t that we go to
+        alpha_bar_prev = alpha_bars[steps[k + 1]].item()  # at the t we go to: we call it t - 1
         t = torch.full_like(labels, steps[k])
         eps_hat = net(x, t, labels)
         if guidance != 0:  # go further in the direction of the label: arXiv 2207.12598, eq. 6
@@ -202,13 +201,15 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
 
 
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Draw x_{t-1} by Algorithm 2, with x_0_hat in place of x_0."""
+    """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0."""
+    # The mean is right, as it is linear in x_0. The variance is too small, by a little.
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
-    """Return x_{t-1} by DDIM: arXiv 2010.02502, eq. 12, with sigma = 0."""
+    """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
+    # The loss knows only q_sample. So any way back will do that has mixes of x_0 and eps for all t.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -219,14 +220,6 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops early
 
 
-def must_stop():
-    """Return whether a signal has come to any process, so that all stop after the same step."""
-    count = torch.tensor(len(SIGNALS), device="cpu")
-    if WORLD_SIZE > 1:
-        distributed.all_reduce(count)  # the sum over all processes
-    return count > 0
-
-
 def train(net, ema, images, labels, options, path, state):
     """Train net by Algorithm 1, with a moving average ema. state is {}, or what to resume."""
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
@@ -234,13 +227,13 @@ def train(net, ema, images, labels, options, path, state):
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
     if state.get("optimizer"):  # it is empty in tests/models/ddpm_unet_mnist.pt
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0]["lr"] = options["learning_rate"]
+        optimizer.param_groups[0]["lr"] = options["learning_rate"]  # not as in the checkpoint
     B = options["train_batch_size"]
     steps = range(state.get("step", 0), max(1, options["num_epochs"] * len(images) // B))
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
     saved = time.time()
     for step in bar:
-        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # same if resumed
+        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # resumed: the same
         indices = torch.randint(len(images), (max(1, B // WORLD_SIZE),))
         x_0 = images[indices] / 127.5 - 1  # from 0..255 to -1..1, as in the paper's section 3.3
         loss = loss_simple(model, alpha_bars, x_0, labels[indices], net.no_label)
@@ -252,22 +245,24 @@ def train(net, ema, images, labels, options, path, state):
         for average, weight in zip(ema.parameters(), net.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        stop = must_stop()
-        if RANK == 0 and (stop or step + 1 == steps.stop or time.time() > saved + 60):
+        stop = torch.tensor(len(SIGNALS), device="cpu")
+        if WORLD_SIZE > 1:
+            distributed.all_reduce(stop)  # adds up all processes: they stop after the same step
+        if RANK == 0 and (stop > 0 or step + 1 == steps.stop or time.time() > saved + 60):
             if not loss.isfinite():
                 sys.exit("ddpm_unet.py: error: the loss is not finite: lower --learning_rate")
             weights = {"net": net.state_dict(), "ema": ema.state_dict()}
             state = {"options": options, "step": step + 1, "optimizer": optimizer.state_dict()}
             save_checkpoint(path, {**state, **weights})
             saved = time.time()
-        if stop:
+        if stop > 0:
             break
 
 
 # %% 7. Pictures
 def tile(x, columns):
     """Return one picture (H, W, 3), uint8, of images x (B, C, S, S) in -1..1."""
-    grid = make_grid(x.cpu(), columns, normalize=True, value_range=(-1, 1))  # now in 0..1
+    grid = utils.make_grid(x.cpu(), columns, normalize=True, value_range=(-1, 1))  # now in 0..1
     return (255 * grid).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -278,12 +273,11 @@ def sample(net, args, out):
     labels = torch.tensor(args.label).repeat(len(noise))[: len(noise)]  # all, again and again
     alpha_bars = make_schedule(args.num_timesteps)
     num_steps = min(args.sampling_steps, args.num_timesteps)
-    frames = []
-    images = []
+    frames, images = [], []
     for x, label in zip(noise.split(100), labels.split(100)):  # 100 at a time, to save memory
         chain = p_sample_loop(net, alpha_bars, num_steps, x, label, args.guidance, args.sampler)
         for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-            if len(images) == 0 and steps_left % max(1, num_steps // 50) == 0:
+            if len(images) == 0 and steps_left % max(1, num_steps // 50) == 0:  # the first 100
                 frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
         images.append(x_t)  # the last x_t is finished
     images = torch.cat(images)
@@ -291,7 +285,6 @@ def sample(net, args, out):
     imageio.imwrite(out / "samples.png", tile(images[:100], 10))
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
     np.save(out / "samples.npy", pixels.permute(0, 2, 3, 1).squeeze(3))
-    print(f"Look at {out / 'samples.png'}.")
 
 
 # %% 8. Files, command line, and main, which puts everything together
@@ -331,7 +324,7 @@ def parse_options(argv):
     flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
     flag("--guidance", type=float, default=0.5, help="above 0: clearer classes, less variety")
-    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm: Algorithm 2")
+    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm is Algorithm 2")
     flag("--sampling_steps", type=int, default=50, help="fewer are quicker, T at most")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")
@@ -343,7 +336,7 @@ def parse_options(argv):
     args = parser.parse_args(argv)  # first, only to find the checkpoint
     path = args.resume if args.checkpoint is None else args.checkpoint
     state = {} if path is None else load_checkpoint(path, args.device)
-    parser.set_defaults(**state.get("options", {}))  # these include channels and num_classes
+    parser.set_defaults(**state.get("options", {}))  # and channels and num_classes
     args = parser.parse_args(argv)  # again: what you do not give comes from the checkpoint
     for name, value in vars(args).items():
         if name not in ("seed", "guidance") and isinstance(value, (int, float)) and not value > 0:
@@ -354,7 +347,6 @@ def parse_options(argv):
 def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
     args, state = parse_options(argv)
-    training = args.checkpoint is None  # from the beginning, or from where --resume stopped
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, process {RANK}")
     torch.set_default_device(args.device)  # of new tensors, but not of those from numpy
     if WORLD_SIZE > 1:
@@ -362,14 +354,15 @@ def main(argv=None):
         if args.device != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(args.seed)
-    name = Path(args.dataset).name + ("" if training else "_samples")
+    name = Path(args.dataset).name + ("" if args.checkpoint is None else "_samples")
     out = Path(args.output_dir or f"outputs/ddpm_unet_{name}")
     if args.resume is not None:
         out = Path(args.resume).parent
     elif (out / "model.pt").exists():
         sys.exit(f"ddpm_unet.py: error: {out} holds a model: --resume it, or change --output_dir")
-    if training:
-        images, labels = load_images(args.dataset, args.data_dir, args.image_size)
+    if args.checkpoint is None:
+        data = load_images(args.dataset, args.data_dir, args.image_size)
+        images, labels = [tensor.to(args.device) for tensor in data]
         _, args.channels, args.image_size, _ = images.shape
         args.num_classes = labels.max().item() + 1
     args.label = args.label or [*range(args.num_classes)]
@@ -384,10 +377,9 @@ def main(argv=None):
     if state:
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
-    if training:
+    if args.checkpoint is None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda signum, frame: SIGNALS.append(signum))
-        images, labels = images.to(args.device), labels.to(args.device)
         train(net, ema, images, labels, options, out / "model.pt", state)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -61,18 +61,19 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion
-# q adds noise, p removes it. The prior is pure noise: numbers from N(0, 1), or bits of mean m. A
-# film of it looks the same if it runs backwards: prior(a) q(b | a) = prior(b) q(a | b) for a step.
-# (Gaussian: a and b have variance 1 and correlation sqrt(1 - beta). Nothing says which came first.)
-# So for noise, a step back is a step of q. For data, if steps are small, it has the same form, but
-# other parameters. A network computes z, which changes mean and variance, or the log-odds of a bit.
+# q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. If a is drawn
+# from it, and b by a step of q, they can be swapped: prior(a) q(b | a) = prior(b) q(a | b).
+# (Numbers: their correlation is sqrt(1 - beta). Bits: b is a, or a new draw.) So if x_0 were noise,
+# a step back would be one more step of q. For data, it is q(x_t | x_{t-1}) q(x_{t-1}), scaled
+# (Bayes' rule). If steps are small, the first is a narrow bell curve in x_{t-1}. Across it, the log
+# of the second is almost a straight line, which only moves the bell (bits: the odds): by z.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
     z_per_number = 2  # z_mu and z_sigma
     sample = staticmethod(Normal.rsample)  # smooth in the betas, which gives them gradients
 
-    def __init__(self, T, beta_1, learn_betas):  # beta_1 stays fixed, to prevent overfitting
+    def __init__(self, T, beta_1, learn_betas):  # beta_1 stays fixed, as in the paper
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
@@ -94,7 +95,7 @@ class Gaussian(nn.Module):
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
         # Bayes' rule: multiply q(x_{t-1} | x_0) and q(x_t | x_{t-1}), both bell curves in x_{t-1}.
         before = self.q(x_0, 0, t - 1)  # what x_0 tells of x_{t-1}
-        beta = self.q(x_t, t - 1, t).variance  # the same for any x
+        beta = self.q(x_t, t - 1, t).variance  # of step t, for any x
         mean_t = x_t / (1 - beta).sqrt()  # what x_t tells: the step, solved for x_{t-1}
         variance_t = beta / (1 - beta)  # the division enlarges the noise, too
         weight = variance_t / (before.variance + variance_t)  # inverse variances weight the means
@@ -103,7 +104,7 @@ class Gaussian(nn.Module):
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, 2 D) from the network
         z_mu, z_sigma = z.chunk(2, dim=1)
-        step = self.q(x_t, t - 1, t)  # if z = 0, p is this step
+        step = self.q(x_t, t - 1, t)  # step t of q, now from x_t. If z = 0, this is p
         mean = step.mean + step.stddev * z_mu  # as the authors' code does it; eq. 65 differs
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
         return Normal(mean, variance.sqrt())
@@ -119,8 +120,8 @@ class Binomial:
         self.T = T
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
-        self.alpha_bars = 1 - torch.arange(T + 1) / T  # each step redraws 1 / T of all bits
-        self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # of the part of noise
+        self.alpha_bars = 1 - torch.arange(T + 1) / T  # from beta_t = 1 / (T - t + 1)
+        self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # of noise; infinite at T
 
     def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
@@ -134,7 +135,7 @@ class Binomial:
         return Bernoulli(logits=before.logits + log_q_1 - log_q_0)
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, D) from the network
-        step = self.q(x_t, t - 1, t)  # if z = 0, p is this step
+        step = self.q(x_t, t - 1, t)  # step t of q, now from x_t. If z = 0, this is p
         return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # never 0 or 1: KL stays finite
 
 
@@ -144,16 +145,16 @@ def bound(model, x_0):
 
     x_1, ..., x_T are to x_0 what the latent variable is in a VAE. As there, by Jensen's inequality,
         E log p(x_0) >= E log [p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)] = K,
-    where E is the mean over data and q. Both are products of steps. Bayes' rule turns those of q:
-        q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) q(x_t | x_0) / q(x_{t-1} | x_0), for t >= 2.
-    The last two cancel in the product of all steps and q(x_1 | x_0), except for q(x_T | x_0). So
+    where E is the mean over data and q. Both are products of steps. For t >= 2, those of q are
+        q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)] (Bayes' rule).
+    In the product, each numerator cancels the next denominator, and q(x_1 | x_0) the first one. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
-            + E log p(x_T) - E log q(x_T | x_0)    (this is -H_prior + H_end)
-            + E log p(x_0 | x_1)                   (this is -H_start)
-    The mean of log prior(x) depends only on the mean of x^2 (bits: of x). In data, this is 1 (m),
-    so it is in all x_t: E log prior(x_t) = -H_prior. The step to data, t = 1, is a step of q (eq.
-    44): p(x_0 | x_1) = q(x_1 | x_0) prior(x_0) / prior(x_1), by section 2. The priors cancel in E.
-    If z is 0 for all t, K is E log prior(x_0), as all else cancels: L_null, to be beaten.
+            + E log p(x_T) - E log q(x_T | x_0)    (these are -H_prior, see a, and H_end)
+            + E log p(x_0 | x_1)                   (this is -H_start, see b)
+    a) log prior(x) is linear in x^2 (bits: in x). The mean of this, over all numbers, is the same
+       in data and in noise, and a step of q keeps it. So E log prior(x_t) is -H_prior for all t.
+    b) The last step of p is a step of q (eq. 44). By section 2, with a = x_0 and b = x_1, it is
+       q(x_1 | x_0) prior(x_0) / prior(x_1). By a, the priors cancel in E log.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -175,15 +176,15 @@ class Model(nn.Module):
     def __init__(self, process, D, hidden_size):
         super().__init__()
         self.process = process
-        # These layers do not see t. They compute ten y_j for each z, and step t uses two or three.
+        # It does not see t. It gives ten answers y_j, for ten levels of noise, mixed at step t.
         layers = []
         for inputs in (D, hidden_size, hidden_size):
             layers += [nn.Linear(inputs, hidden_size), nn.LayerNorm(hidden_size), nn.GELU()]
         self.dense = nn.Sequential(*layers, nn.Linear(hidden_size, 4 * D))  # 4 for each number
-        last = nn.Conv1d(16, 10 * process.z_per_number, 1)  # width 1: a small MLP for each number
+        last = nn.Conv1d(16, 10 * process.z_per_number, 1)  # width 1: the same for all numbers
         self.conv = nn.Sequential(nn.Conv1d(5, 16, 1), nn.GELU(), last)
         nn.init.zeros_(last.weight)  # so training begins near z = 0
-        # g_j(t) is the j-th of ten bumps, side by side over log_odds. They sum to 1 (eq. 63).
+        # g_j is the j-th of ten bumps, side by side over log_odds. They sum to 1 (eq. 63).
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))  # (T, 10)
@@ -191,7 +192,7 @@ class Model(nn.Module):
     def forward(self, x_t, t):
         """Return z (B, D), or z_mu and z_sigma (B, 2 D), for x_t (B, D) and t (B, 1)."""
         h = torch.cat((x_t, self.dense(x_t)), dim=1).view(len(x_t), 5, -1)  # (B, 5, D): x_t first
-        y = self.conv(h).view(len(x_t), 10, -1)  # (B, 10, D), or (B, 10, 2 D): y_1 to y_10
+        y = self.conv(h).view(len(x_t), 10, -1)  # (B, 10, D); with z_sigma, (B, 10, 2 D)
         g = self.temporal_basis[t - 1]  # (B, 1, 10)
         return (g @ y)[:, 0]
 
@@ -216,14 +217,14 @@ def p_sample_loop(model, shape):
 @torch.no_grad()
 def inpaint(model, x_0, known, passes=10):
     """Return x_0 (B, D) with new values where known (D,) is false: RePaint, arXiv 2201.09865."""
-    process = model.process
-    x = process.prior.sample(x_0.shape)
-    for t in tqdm(range(process.T, 1, -1), "inpainting"):
+    q, sample = model.process.q, model.process.sample
+    x = model.process.prior.sample(x_0.shape)
+    for t in tqdm(range(model.process.T, 1, -1), "inpainting"):
         for k in range(passes):  # several, so that the new part can adapt to the known one
             if k > 0:
-                x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} forward to x_t again
+                x = sample(q(x, t - 1, t))  # from x_{t-1} forward to x_t again
             x = p_sample(model, x, t)
-            known_part = process.sample(process.q(x_0, 0, t - 1))  # in the paper of 2015, just x_0
+            known_part = sample(q(x_0, 0, t - 1))  # as noisy as the rest; in the paper, just x_0
             x = torch.where(known, known_part, x)
     return torch.where(known, x_0, p_sample(model, x, 1))
 
@@ -243,7 +244,7 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # KLs at small t are large: let them count less
+        if options["dataset"] == "mnist":  # fixed betas; KLs at small t are large: count them less
             loss = loss * model.process.q(x_0, 0, t).variance[:, 0]  # 1 - alpha_bar_t
         optimizer.zero_grad()
         loss.mean().backward()
@@ -279,7 +280,7 @@ def draw(title, x, colour="C1"):
 
 @torch.no_grad()
 def evaluate(model, test_rows, num_samples, out):
-    """Draw samples x, complete test examples from their first half (y), and estimate K."""
+    """Draw samples x, complete half of test examples (y), estimate K. L_null is K if z = 0."""
     T, D = model.process.T, test_rows.shape[1]
     frames = []
     for t, x in tqdm(p_sample_loop(model, (num_samples, D)), "sampling", T + 1):
@@ -323,7 +324,7 @@ def parse_options(argv):
     flag("--data_dir", default="data", help="holds the 4 files of MNIST in MNIST/raw, or will")
     flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # first, to find out the data set and the checkpoint
     if args.dataset in BITS:
         parser.set_defaults(num_timesteps=2000, num_training_steps=8000)
     if args.dataset == "mnist":
@@ -337,9 +338,9 @@ def parse_options(argv):
             state = {name: state[name] for name in ("options", "step", "model", "optimizer")}
         except Exception as error:
             raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
-        parser.set_defaults(**state["options"])  # as in the training that wrote model.pt
-    args = parser.parse_args(argv)  # again, now with these defaults
-    if state:  # the weights fit only this model, whatever the command line says
+        parser.set_defaults(**state["options"])
+    args = parser.parse_args(argv)  # again: what you give wins over model.pt, that over defaults
+    if state:  # except for what makes the model: its weights fit no other
         vars(args).update({name: state["options"][name] for name in MODEL})
     limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture shows 25 digits
     for name, value in vars(args).items():
@@ -383,8 +384,7 @@ def main(argv=None):
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())
     np.save(out / "inpainted.npy", (y * scale + shift).cpu())
-    # Dividing by scale has made the density larger, scale times in each dimension.
-    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]
+    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]  # of unscaled x
     facts = {"options": vars(args), "figures": figures, "torch": torch.__version__}
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))

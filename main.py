@@ -1,7 +1,7 @@
 """DDPM with an MLP: Denoising Diffusion Probabilistic Models, complete, in one file.
 
 T small steps turn data into noise. A network learns to undo them, and makes new data from fresh
-noise (https://arxiv.org/abs/2006.11239). Sections 2 to 7 are the method, the others serve it.
+noise: https://arxiv.org/abs/2006.11239. Sections 2 to 7 are the method.
 
     python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
@@ -48,7 +48,7 @@ def standardise(data):
     if data.shape[1] == 784:
         shift = scale = torch.tensor(127.5)  # 0..255 becomes -1..1, as in the paper's section 3.3
     else:  # mean 0, average variance 1, like noise. Then all x_t have numbers of the same size.
-        shift, scale = data.mean(dim=0), data.var(dim=0).mean().sqrt()
+        shift, scale = data.mean(0), data.var(0).mean().sqrt()
     return (data - shift) / scale, shift, scale
 
 
@@ -58,13 +58,11 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta so far, and
-    noise_std**2 is 1 - alpha_bar: a step multiplies the variance of the noise by 1 - beta, and adds
-    beta. (1 - beta) * (1 - alpha_bar) + beta is 1 - (1 - beta) * alpha_bar: 1 - the new alpha_bar.
+    noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta so far. Step
+    t makes the variance of the noise (1 - beta) * (1 - alpha_bar) + beta: 1 - the new alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T < exp(-10)
-    betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
-    betas = np.append(0, betas)  # for t = 0: x_0 has no noise
+    betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would be over 1
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = np.float32([betas, np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)])
     betas, signal, noise_std = torch.tensor(tables)
@@ -175,9 +173,10 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 
 
 # %% 7. Training
-def train(model, schedule, x_0, config):
-    """Train by Algorithm 1 on x_0 (N, D). Return frames. config: options, dim, limit, examples."""
+def train(model, schedule, x_0, config, path):
+    """Train by Algorithm 1 on x_0 (N, D). Draw the losses. Return frames. config: of new_config."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
+    losses = []  # of the last batch in each epoch
     frames = []
     bar = tqdm(range(config.num_epochs), "training")
     try:
@@ -192,11 +191,15 @@ def train(model, schedule, x_0, config):
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
+            losses.append(loss.item())
             bar.set_postfix(loss=f"{loss:.4f}")
             if not loss.isfinite():
                 sys.exit("main.py: error: the loss is not finite: lower --learning_rate")
     except KeyboardInterrupt:
         print("Training ends early. Next come the samples.")
+    figure = Figure()
+    figure.add_subplot(xlabel="epoch", ylabel="loss").plot(losses)
+    figure.savefig(path)
     return frames
 
 
@@ -204,8 +207,7 @@ def train(model, schedule, x_0, config):
 def draw(title, x, colour, data):
     """Return a picture (H, W, 3), uint8, of points x (N, 2) over the data, or digits (N, 784)."""
     figure = Figure(figsize=(3.6, 4))
-    axes = figure.add_axes((0, 0, 1, 0.9))  # the rest is for the title
-    axes.set_axis_off()
+    axes = figure.add_axes((0, 0, 1, 0.9), frame_on=False)  # the rest is for the title
     axes.set_title(title, fontsize=16)
     if x.shape[1] == 2:
         edge = 1.3 * data.abs().max().item()
@@ -215,7 +217,7 @@ def draw(title, x, colour, data):
     else:
         from torchvision.utils import make_grid
 
-        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0].numpy()
+        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0]
         axes.imshow(grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="rgba", dpi=100)
@@ -261,7 +263,7 @@ def load_data(name, data_dir):
         if name == "mnist":
             from torchvision.datasets import MNIST
 
-            return MNIST(data_dir, download=True).data.flatten(1).float()
+            return MNIST(data_dir, download=True).data.flatten(1)
         points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
         points = torch.tensor(np.float32(points))
     except Exception as error:
@@ -286,9 +288,8 @@ def new_config(args):
 
 def save_checkpoint(path, model, config):
     """Save under another name, then rename, so that model.pt is always complete."""
-    content = io.BytesIO()
-    torch.save({"config": vars(config), "weights": model.state_dict()}, content)
-    path.with_suffix(".part").write_bytes(content.getvalue())
+    with path.with_suffix(".part").open("wb") as file:
+        torch.save({"config": vars(config), "weights": model.state_dict()}, file)
     if path.exists():
         path.replace(path.with_name("model.old.pt"))  # of an earlier training
     path.with_suffix(".part").replace(path)
@@ -313,7 +314,7 @@ def parse_options(argv):
     flag = parser.add_argument
 
     def option(name, default, help):
-        parser.add_argument(name, type=type(default), default=default, help=help)
+        flag(name, type=type(default), default=default, help=help)
 
     option("--dataset", "heart", f"{', '.join(DATASETS)}, mnist, or a .npy or .csv file of points")
     option("--num_timesteps", 200, "number of diffusion steps T, from 20 to 1000 or so")
@@ -332,9 +333,8 @@ def parse_options(argv):
     option("--seed", 0, "the same seed and number of threads give the same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)
-    if args.dataset == "mnist":
-        parser.set_defaults(predict="x_0")  # for an MLP, easier to guess than noise
-        parser.set_defaults(hidden_size=768, hidden_layers=4, show_image_step=20)
+    if args.dataset == "mnist":  # an MLP guesses a digit x_0 more easily than noise
+        parser.set_defaults(predict="x_0", hidden_size=768, hidden_layers=4, show_image_step=20)
         parser.set_defaults(train_batch_size=256, num_epochs=34, learning_rate=4e-3)
         args = parser.parse_args(argv)  # again, with these defaults
     if args.embedding_size % 2:
@@ -364,7 +364,7 @@ def main(argv=None):
     if config.dim == 2:
         torch.set_num_threads(min(2, torch.get_num_threads()))  # small networks need no more
     if args.checkpoint is None:
-        frames = train(model, schedule, x_0, config)
+        frames = train(model, schedule, x_0, config, out / "loss.png")
         save_checkpoint(out / "model.pt", model, config)
         frames += 6 * [snapshot("after training", model, schedule, config)]  # 6: shown longer
         imageio.mimsave(out / "training.gif", frames, duration=400, loop=0)
@@ -374,11 +374,11 @@ def main(argv=None):
     imageio.imwrite(out / "samples.png", draw("samples", x, "tab:orange", config.examples))
     samples = (x * config.scale + config.shift).cpu()
     if config.dim == 784:
-        samples = samples.round().clamp(0, 255).byte().view(-1, 28, 28)
+        samples = samples.round().byte().view(-1, 28, 28)  # 0..255, as x_0_hat is within limit
     np.save(out / "samples.npy", samples)
     distance = energy_distance(x, config.examples)
-    real = config.examples[torch.randint(len(config.examples), (len(x),))]
-    reference = energy_distance(real, config.examples)  # as for perfect samples
+    real = config.examples[torch.randint(len(config.examples), (len(x),))]  # as if perfect
+    reference = energy_distance(real, config.examples)
     facts = {
         "options": vars(args),  # with --checkpoint, those of the model are in model.pt
         "threads": torch.get_num_threads(),

@@ -59,10 +59,7 @@ def gif_milliseconds(path):
 
 
 def write_bad_checkpoints(folder, model, weights):
-    """Copy model.pt into a folder, and write files there that --checkpoint must refuse.
-
-    weights is the name of an entry: evil.pt has an object in its place that runs code when loaded.
-    """
+    """Copy model.pt into a folder, beside files to refuse. In evil.pt, its weights run code."""
     state = torch.load(model, weights_only=True)
     evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("pwned",))})()
     contents = {"model": state, "other": {"step": 1}, "list": [1], "evil": {**state, weights: evil}}

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch.distributions import Normal
 
 ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT / "images"
 sys.path.insert(0, str(ROOT))
 import likelihood
 
@@ -32,11 +33,6 @@ def new_figure(rows, columns, height):
     """Return a figure with axes (rows, columns)."""
     figure = Figure(figsize=(10, height), dpi=90, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def save(figure, name):
-    """Write images/figure_NAME.png."""
-    figure.savefig(ROOT / "images" / f"figure_{name}.png")
 
 
 def exact_eps(schedule, points):
@@ -68,7 +64,7 @@ def strip(schedule, x_0, network, limit):
             axes.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), **NO_TICKS)
     above[0].set_ylabel("data", fontsize=11)
     below[0].set_ylabel("samples", fontsize=11)
-    save(figure, "strip")
+    figure.savefig(IMAGES / "figure_strip.png")
 
 
 def guess(schedule, x_0):
@@ -84,7 +80,7 @@ def guess(schedule, x_0):
         axes.plot(*x_t.T, "kx", markersize=9, markeredgewidth=2)
         axes.plot(*(probability @ x_0).T, "*", color=ORANGE, markersize=16)
         axes.set(title=f"step {step} of {schedule.T}", xlim=(-2, 2), ylim=(-2, 2), **NO_TICKS)
-    save(figure, "guess")
+    figure.savefig(IMAGES / "figure_guess.png")
 
 
 def step_back(schedule):
@@ -102,7 +98,7 @@ def step_back(schedule):
             axes.plot(x, Normal(*bell).log_prob(x).exp(), color=colour, label=name)
         axes.set(title=f"where we were after {t - 1} steps, if we hold 0.5 after {t}", yticks=())
         axes.legend()
-    save(figure, "step_back")
+    figure.savefig(IMAGES / "figure_step_back.png")
 
 
 def floor(schedule, x_0, network, exact):
@@ -121,7 +117,7 @@ def floor(schedule, x_0, network, exact):
         axes.plot(steps, losses, style, color=colour, ms=4, label=name)
     axes.set(xlabel="noise steps", ylabel="squared error of eps, per number")
     axes.legend()
-    save(figure, "floor")
+    figure.savefig(IMAGES / "figure_floor.png")
 
 
 def scores(schedule, x_0, network, exact):
@@ -142,7 +138,7 @@ def scores(schedule, x_0, network, exact):
             axes.quiver(*near.T, *arrows.T, color=colour, width=0.004, angles="xy", scale=25)
             axes.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), **NO_TICKS)
             axes.set_title(f"step {step} of {schedule.T}", fontsize=12)
-    save(figure, "score")
+    figure.savefig(IMAGES / "figure_score.png")
 
 
 def digit_rows(rows, names, file, titles=()):
@@ -154,7 +150,7 @@ def digit_rows(rows, names, file, titles=()):
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=12)
     axes[0, 0].set_xticks([30 * k + 16 for k in range(len(titles))], titles, fontsize=12)
     axes[0, 0].xaxis.tick_top()
-    save(figure, file)
+    figure.savefig(IMAGES / f"figure_{file}.png")
 
 
 def unet_samples(net, alpha_bars, count, steps, sampler):
@@ -178,7 +174,7 @@ def unet(net, alpha_bars):
     real = torch.tensor(pixels[: 25 * 784] / 127.5 - 1).float().view(25, 784)
     pictures = (("ddpm_unet_digits", "ddpm_unet.py", drawn), ("real_digits", "real digits", real))
     for name, title, digits in pictures:
-        imageio.imwrite(ROOT / "images" / f"{name}.png", main.draw(title, digits, "", digits))
+        imageio.imwrite(IMAGES / f"{name}.png", main.draw(title, digits, "", digits))
     t = torch.linspace(1, len(alpha_bars) - 1, 12).long()
     torch.manual_seed(0)
     alpha_bar = alpha_bars[t].float().view(-1, 1, 1, 1)
@@ -230,7 +226,7 @@ def experiments(folder):
         axes.scatter(*np.load(out / "samples.npy")[:1000].T, s=2, color=ORANGE, linewidths=0)
         axes.set(xlim=(-5, 5), ylim=(-5, 5), **NO_TICKS)
         axes.set_title(f"{title}\n{distance:.4f}", fontsize=11)
-    save(figure, "experiments")
+    figure.savefig(IMAGES / "figure_experiments.png")
 
 
 @torch.no_grad()

@@ -6,10 +6,7 @@ The bound is the paper's eq. 5, with the variances beta_tilde of eq. 7:
 
     -log2 p(x_0 | label) <= L_T + (L_1 + ... + L_{T-1}) + L_0
 
-The network knows each digit's true label, which would cost 0.004 bits per dimension more. The bound
-is far above the best that is known: the price of L_simple, which weighs small t less than the bound
-does, and of fixed variances. Improved DDPM (2102.09672) and VDM (2107.00630) reduced that price.
-
+The network knows each digit's true label, which would cost 0.004 bits per dimension more.
 Images are (B, 1, H, W), in -1..1.
 """
 

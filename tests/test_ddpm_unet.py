@@ -1,5 +1,4 @@
-"""Tests of ddpm_unet.py: its mathematics in float64, one training loop step by step, small runs on
-good and bad input, and the trained model in tests/models, which has to draw digits."""
+"""Tests of ddpm_unet.py: its mathematics, training, small runs, and the model in tests/models."""
 
 import json
 import signal
@@ -126,9 +125,6 @@ def test_network(channels, levels, T):
     for inputs in ((x_t + 1, t, labels), (x_t, t - 1, labels), (x_t, t, labels.flip(0))):
         change = (net(*inputs) - found).abs()
         assert change.amax(dim=(1, 2, 3)).min() > 1e-4
-    with torch.no_grad():  # many images go through the network a hundred at a time
-        many = net(x_t.repeat(60, 1, 1, 1), t.repeat(60), labels.repeat(60))
-    assert_close(many, found.repeat(60, 1, 1, 1), rtol=1e-3, atol=1e-4)
     assert not ddpm.ResBlock(8, 8, 8).conv_2[-1].weight.any()  # training starts at the shortcut
 
 
@@ -276,6 +272,9 @@ def test_sampling_needs_only_the_checkpoint(trained, tmp_path, monkeypatch):
         run(tmp_path / change, "--checkpoint", trained / "run/model.pt", *change.split())
         different.add(content(tmp_path / change)["samples.npy"])
     assert len(different) == 6
+    run(tmp_path / "more", "--checkpoint", "copy.pt", "--num_samples", 130)  # 100, then 30
+    assert_close(np.load(tmp_path / "more/samples.npy")[:100], np.load(trained / "run/samples.npy"))
+    assert content(tmp_path / "more")["process.gif"] == drawn["process.gif"]
 
 
 @pytest.mark.parametrize(("number", "more"), [(signal.SIGTERM, set()), (signal.SIGINT, SAMPLES)])

@@ -60,7 +60,6 @@ def test_loss_is_algorithm_1(predict):
     network = main.MLP(2, 16, 1, 8, 50)
     torch.manual_seed(0)
     loss = main.loss_simple(network, main.make_schedule(50), x_0, predict)
-
     torch.manual_seed(0)
     t = torch.randint(1, 51, (100,))
     eps = torch.randn(100, 2)
@@ -166,14 +165,16 @@ def test_standardised_points():
     assert_close(x_0 * scale + shift, data, rtol=1e-4, atol=1e-4)
 
 
-def test_training(monkeypatch):
+def test_training(monkeypatch, tmp_path):
     """The learning rate rises and falls, gradients are clipped, an epoch uses each example once."""
-    batches = []
+    batches, losses, plots = [], [], []
     steps = []  # the learning rate, and the length of the gradient
 
     def watched_loss(model, schedule, batch, predict):
         batches.append(batch[:, 0])
-        return 1000 * model(batch, torch.ones(len(batch))).square().mean()  # a large gradient
+        loss = 1000 * model(batch, torch.ones(len(batch))).square().mean()  # a large gradient
+        losses.append(loss.item())
+        return loss
 
     def watched_step(optimizer):
         group = optimizer.param_groups[0]
@@ -182,10 +183,12 @@ def test_training(monkeypatch):
 
     monkeypatch.setattr(main, "loss_simple", watched_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda _, *args, **__: plots.append(args[0]))
     x_0 = torch.randn(50, 2)
     config = SimpleNamespace(predict="eps", limit=2.0, examples=x_0, dim=2)
     config.num_epochs, config.train_batch_size, config.learning_rate = 8, 20, 0.01
-    pictures = main.train(main.MLP(2, 16, 1, 8, 4), main.make_schedule(4), x_0, config)
+    network, path = main.MLP(2, 16, 1, 8, 4), tmp_path / "loss.png"
+    pictures = main.train(network, main.make_schedule(4), x_0, config, path)
     rates = [0.002, 0.004, 0.006, 0.00625, 0.005, 0.00375, 0.0025, 0.00125]
     expected = [(rate, 1.0) for rate in np.repeat(rates, 3)]  # batches of 20, 20 and 10 examples
     assert_allclose(steps, expected, rtol=1e-3)
@@ -193,6 +196,7 @@ def test_training(monkeypatch):
     assert not torch.equal(epochs[0], epochs[1])
     assert_close(epochs.sort().values, x_0[:, 0].sort().values.expand(8, 50))
     assert len(pictures) == 2  # after 0 and 3 epochs
+    assert plots[-1] == losses[2::3] and path.exists()  # of the last batch of each epoch
 
 
 def test_animation(monkeypatch):
@@ -235,8 +239,8 @@ def heart_dir(tmp_path_factory):
 
 def test_training_run(heart_dir):
     """Its files, and the energy distance in run.json against its definition."""
-    names = {"model.pt", "training.gif", "process.gif", "samples.png", "samples.npy", "run.json"}
-    assert set(content(heart_dir)) == names
+    names = {"process.gif", "samples.png", "samples.npy", "run.json"}
+    assert set(content(heart_dir)) == names | {"model.pt", "training.gif", "loss.png"}
     assert conftest.gif_milliseconds(heart_dir / "process.gif") == [250, 80, 80, 3000]
     facts = json.loads((heart_dir / "run.json").read_text())
     config = torch.load(heart_dir / "model.pt")["config"]

@@ -23,7 +23,6 @@ SCRIPTS = {"main.py": main, "dpm_2015.py": dpm_2015, "ddpm_unet.py": ddpm_unet}
 SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in SCRIPTS}
 PACKAGES = set(re.findall(r"\w+(?=>=)", (ROOT / "requirements.txt").read_text()))
 
-# Markdown has fenced blocks, formulas $`x`$, spans of `code`, and the rest is prose.
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 BLOCKS = FENCE.findall(README)
 UNFENCED = FENCE.sub("\n", README)
