@@ -68,8 +68,8 @@ def load_images(dataset, data_dir, size):
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
-    # Step t scales x_{t-1} by sqrt(alpha), and adds noise of variance 1 - alpha (eq. 2). So noise
-    # of variance 1 - alpha_bar_prev becomes alpha (1 - alpha_bar_prev) + 1 - alpha = 1 - alpha_bar.
+    # Step t: x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). Noise that had variance
+    # 1 - alpha_bar_prev gets alpha * (1 - alpha_bar_prev) + 1 - alpha, which is 1 - alpha_bar.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # their sum is 10: alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
@@ -164,22 +164,22 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# As in a VAE, -log p(x_0) has a bound: here a sum of KLs of q_posterior with x_0, and with a guess
-# of x_0. Both are normal, of equal variance, so each KL is the squared error of their means, or of
-# eps, times a factor. L_simple drops the factors: no bound any more, but better images.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1 for a batch x_0: L_simple (eq. 14)."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # in a tenth, the label is hidden, for guidance
+    dropped = torch.rand(len(x_0)) < 0.1  # in a tenth, no label: guidance compares
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
 
 # %% 5. Sampling
-# Many pairs of x_0 and eps may have made x_t. A squared error is least at the mean, so eps_hat is
-# the mean of those eps, and x_0_hat (eq. 15) of those x_0: a blurred guess, for a small step back.
+# 1. A squared error is least at the mean: eps_hat is the mean of all eps that may have led to x_t.
+# 2. As x_t is a mix of x_0 and eps, this mean eps belongs to the mean x_0: x_0_hat (eq. 15).
+# 3. The mean of q_posterior is linear in x_0. So x_0_hat gives p_sample the right mean of x_{t-1}.
+# 4. The variance is too small, as it takes x_0_hat for certain. In small steps, little is lost.
+# (Guidance and clamp, below, change the mean on purpose.)
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -202,14 +202,14 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
 
 def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0."""
-    # The mean is right, as it is linear in x_0. The variance is too small, by a little.
     mean, variance = q_posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
     return mean + variance**0.5 * torch.randn_like(x_t)  # variance is 0 in the last step
 
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # The loss knows only q_sample. So any way back will do that has mixes of x_0 and eps for all t.
+    # Training draws x_t by q_sample, and never asks how x_{t-1} goes with x_t. So we may choose:
+    # the same x_0 and eps make both. Take them from x_t, and mix them again for x_{t-1}.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -227,7 +227,7 @@ def train(net, ema, images, labels, options, path, state):
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
     if state.get("optimizer"):  # it is empty in tests/models/ddpm_unet_mnist.pt
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0]["lr"] = options["learning_rate"]  # not as in the checkpoint
+        optimizer.param_groups[0]["lr"] = options["learning_rate"]  # which the line above has set
     B = options["train_batch_size"]
     steps = range(state.get("step", 0), max(1, options["num_epochs"] * len(images) // B))
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)

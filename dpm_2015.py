@@ -63,10 +63,11 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. If a is drawn
 # from it, and b by a step of q, they can be swapped: prior(a) q(b | a) = prior(b) q(a | b).
-# (Numbers: their correlation is sqrt(1 - beta). Bits: b is a, or a new draw.) So if x_0 were noise,
-# a step back would be one more step of q. For data, it is q(x_t | x_{t-1}) q(x_{t-1}), scaled
-# (Bayes' rule). If steps are small, the first is a narrow bell curve in x_{t-1}. Across it, the log
-# of the second is almost a straight line, which only moves the bell (bits: the odds): by z.
+# (Numbers: their correlation is sqrt(1 - beta). Bits: b is a, or a new draw.) To undo step t, we
+# need q(x_t | x_{t-1}) q(x_{t-1}), scaled (Bayes' rule). By the swap, this is one more step of q,
+# from x_t, times r = q(x_{t-1}) / prior(x_{t-1}). In noise, r is 1. Else r corrects the step, and a
+# network learns how: in small steps, log r is almost a straight line across the bell curve, and
+# moves it, by z_mu; z_sigma mends its width. For bits, r changes the odds, and z adds to their log.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -80,7 +81,7 @@ class Gaussian(nn.Module):
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
         # alpha_bar_t is (1 - beta_1) ... (1 - beta_t). Before training, noise = 1 - alpha_bar_t,
         # its part in x_t, rises from beta_1 to 0.999 along an S-curve: the sigmoid of a line.
-        self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # of noise
+        self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # for Model
         noise = self.log_odds.sigmoid()
         betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
@@ -104,7 +105,7 @@ class Gaussian(nn.Module):
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, 2 D) from the network
         z_mu, z_sigma = z.chunk(2, dim=1)
-        step = self.q(x_t, t - 1, t)  # step t of q, now from x_t. If z = 0, this is p
+        step = self.q(x_t, t - 1, t)  # one more step of q, from x_t: this is p if z = 0
         mean = step.mean + step.stddev * z_mu  # as the authors' code does it; eq. 65 differs
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
         return Normal(mean, variance.sqrt())
@@ -121,7 +122,7 @@ class Binomial:
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
         self.alpha_bars = 1 - torch.arange(T + 1) / T  # from beta_t = 1 / (T - t + 1)
-        self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # of noise; infinite at T
+        self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # infinite at T
 
     def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
@@ -135,7 +136,7 @@ class Binomial:
         return Bernoulli(logits=before.logits + log_q_1 - log_q_0)
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, D) from the network
-        step = self.q(x_t, t - 1, t)  # step t of q, now from x_t. If z = 0, this is p
+        step = self.q(x_t, t - 1, t)  # one more step of q, from x_t: this is p if z = 0
         return Bernoulli(logits=(step.logits + z).clamp(-15, 15))  # never 0 or 1: KL stays finite
 
 
@@ -149,12 +150,12 @@ def bound(model, x_0):
         q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)] (Bayes' rule).
     In the product, each numerator cancels the next denominator, and q(x_1 | x_0) the first one. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
-            + E log p(x_T) - E log q(x_T | x_0)    (these are -H_prior, see a, and H_end)
-            + E log p(x_0 | x_1)                   (this is -H_start, see b)
-    a) log prior(x) is linear in x^2 (bits: in x). The mean of this, over all numbers, is the same
-       in data and in noise, and a step of q keeps it. So E log prior(x_t) is -H_prior for all t.
-    b) The last step of p is a step of q (eq. 44). By section 2, with a = x_0 and b = x_1, it is
-       q(x_1 | x_0) prior(x_0) / prior(x_1). By a, the priors cancel in E log.
+            + E log p(x_T) - E log q(x_T | x_0)    (these are -H_prior, by i, and H_end)
+            + E log p(x_0 | x_1)                   (this is -H_start, by ii)
+    i)  log prior(x) is linear in x^2 (bits: in x). The mean of this, over all numbers, is the same
+        in data and in noise, and a step of q keeps it. So E log prior(x_t) is -H_prior for all t.
+    ii) The last step of p is a step of q (eq. 44). Swapped as in section 2, p(x_0 | x_1) is
+        q(x_1 | x_0) prior(x_0) / prior(x_1). By i, the priors cancel in E log.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -244,8 +245,8 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # fixed betas; KLs at small t are large: count them less
-            loss = loss * model.process.q(x_0, 0, t).variance[:, 0]  # 1 - alpha_bar_t
+        if options["dataset"] == "mnist":  # count KLs at small t, which are large, less
+            loss = loss * model.process.q(x_0, 0, t).variance[:, 0]  # entropies are fixed
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -354,8 +355,7 @@ def main(argv=None):
     args, state = parse_options(argv)
     Distribution.set_default_validate_args(False)  # this is faster, and train watches K
     digits = args.dataset == "mnist"
-    if not digits:
-        torch.set_num_threads(1)  # small networks gain nothing from more
+    torch.set_num_threads(torch.get_num_threads() if digits else 1)  # small networks need no more
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
     torch.set_default_device(None if args.device == "cpu" else args.device)  # None: CPU, but faster
     name = args.dataset + ("" if args.checkpoint is None else "_samples")
@@ -384,7 +384,7 @@ def main(argv=None):
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())
     np.save(out / "inpainted.npy", (y * scale + shift).cpu())
-    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]  # of unscaled x
+    figures["bits per dimension"] = math.log2(scale) - figures["K"] / rows.shape[1]  # if unscaled
     facts = {"options": vars(args), "figures": figures, "torch": torch.__version__}
     (out / "run.json").write_text(json.dumps(facts, indent=2))
     print(f"{out}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
