@@ -68,8 +68,9 @@ def load_images(dataset, data_dir, size):
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
-    # Step t: x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). Noise that had variance
-    # 1 - alpha_bar_prev gets alpha * (1 - alpha_bar_prev) + 1 - alpha, which is 1 - alpha_bar.
+    # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). It turns the factor
+    # sqrt(alpha_bar_prev) of x_0 into sqrt(alpha_bar), and noise that had variance 1 -
+    # alpha_bar_prev into alpha * (1 - alpha_bar_prev) + 1 - alpha, which is 1 - alpha_bar.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # their sum is 10: alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
@@ -81,14 +82,16 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
-    """Return mean and variance of q(x_{t-1} | x_t, x_0): by Bayes, two bell curves multiplied."""
+    """Return mean and variance of q(x_{t-1} | x_t, x_0): the step back, if we knew x_0 (eq. 7)."""
+    # Bayes' rule: q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled. Both are bell curves in x_{t-1}.
+    # In the product, inverse variances add up, and weight the means.
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
     mean_0 = alpha_bar_prev**0.5 * x_0  # what x_0 tells of x_{t-1}: eq. 4
     variance_0 = 1 - alpha_bar_prev
     mean_t = x_t / alpha**0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
     variance_t = (1 - alpha) / alpha  # the division enlarges the noise, too
-    weight = variance_t / (variance_0 + variance_t)  # inverse variances add up and weight the means
-    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # eq. 7
+    weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
+    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # variance: beta_tilde
 
 
 # %% 3. Network: a small U-Net (appendix B). Way down: smaller images; way up: back, helped by skips
@@ -164,22 +167,27 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
+# With x_1..x_T as latents, this is a VAE. For t = 2..T, its bound on -log p(x_0) has the KL of
+# q_posterior and p_sample: of bell curves of equal variance, so a factor times the squared error of
+# eps (eq. 12). L_simple drops the factor, and so is no bound, but gives better images.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1 for a batch x_0: L_simple (eq. 14)."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # in a tenth, no label: guidance compares
+    # One label in ten is hidden. Sampling uses guesses of both kinds, with and without (guidance).
+    dropped = torch.rand(len(x_0)) < 0.1
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
 
 # %% 5. Sampling
+# We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will x_0_hat do?
 # 1. A squared error is least at the mean: eps_hat is the mean of all eps that may have led to x_t.
 # 2. As x_t is a mix of x_0 and eps, this mean eps belongs to the mean x_0: x_0_hat (eq. 15).
 # 3. The mean of q_posterior is linear in x_0. So x_0_hat gives p_sample the right mean of x_{t-1}.
 # 4. The variance is too small, as it takes x_0_hat for certain. In small steps, little is lost.
-# (Guidance and clamp, below, change the mean on purpose.)
+# (Guidance, below, moves the mean on purpose. The clamp only mends guesses that cannot be.)
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -227,13 +235,13 @@ def train(net, ema, images, labels, options, path, state):
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
     if state.get("optimizer"):  # it is empty in tests/models/ddpm_unet_mnist.pt
         optimizer.load_state_dict(state["optimizer"])
-        optimizer.param_groups[0]["lr"] = options["learning_rate"]  # which the line above has set
+        optimizer.param_groups[0]["lr"] = options["learning_rate"]  # not that of the checkpoint
     B = options["train_batch_size"]
     steps = range(state.get("step", 0), max(1, options["num_epochs"] * len(images) // B))
     bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
     saved = time.time()
     for step in bar:
-        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # resumed: the same
+        torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # same if resumed
         indices = torch.randint(len(images), (max(1, B // WORLD_SIZE),))
         x_0 = images[indices] / 127.5 - 1  # from 0..255 to -1..1, as in the paper's section 3.3
         loss = loss_simple(model, alpha_bars, x_0, labels[indices], net.no_label)
@@ -253,7 +261,9 @@ def train(net, ema, images, labels, options, path, state):
                 sys.exit("ddpm_unet.py: error: the loss is not finite: lower --learning_rate")
             weights = {"net": net.state_dict(), "ema": ema.state_dict()}
             state = {"options": options, "step": step + 1, "optimizer": optimizer.state_dict()}
-            save_checkpoint(path, {**state, **weights})
+            with path.with_suffix(".part").open("wb") as file:
+                torch.save({**state, **weights}, file)
+            path.with_suffix(".part").replace(path)  # so that model.pt is always complete
             saved = time.time()
         if stop > 0:
             break
@@ -277,7 +287,7 @@ def sample(net, args, out):
     for x, label in zip(noise.split(100), labels.split(100)):  # 100 at a time, to save memory
         chain = p_sample_loop(net, alpha_bars, num_steps, x, label, args.guidance, args.sampler)
         for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-            if len(images) == 0 and steps_left % max(1, num_steps // 50) == 0:  # the first 100
+            if len(images) == 0 and steps_left % max(1, num_steps // 50) == 0:
                 frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
         images.append(x_t)  # the last x_t is finished
     images = torch.cat(images)
@@ -287,25 +297,9 @@ def sample(net, args, out):
     np.save(out / "samples.npy", pixels.permute(0, 2, 3, 1).squeeze(3))
 
 
-# %% 8. Files, command line, and main, which puts everything together
+# %% 8. Command line, and main, which puts everything together
 MODEL = ["channels", "num_classes", "num_timesteps", "base_channels", "channel_mults"]
 TRAINING = ["dataset", "image_size", "train_batch_size", "num_epochs", "learning_rate", "seed"]
-
-
-def save_checkpoint(path, state):
-    """Save under another name, then rename, so that model.pt is always complete."""
-    with path.with_suffix(".part").open("wb") as file:
-        torch.save(state, file)
-    path.with_suffix(".part").replace(path)
-
-
-def load_checkpoint(path, device):
-    """Return what train has saved."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        return {name: state[name] for name in ("options", "step", "net", "ema", "optimizer")}
-    except Exception as error:
-        raise SystemExit(f"ddpm_unet.py: error: cannot use {path}: {error!r:.200}") from error
 
 
 def parse_options(argv):
@@ -335,7 +329,13 @@ def parse_options(argv):
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)  # first, only to find the checkpoint
     path = args.resume if args.checkpoint is None else args.checkpoint
-    state = {} if path is None else load_checkpoint(path, args.device)
+    state = {}
+    if path is not None:
+        try:
+            state = torch.load(path, map_location=args.device, weights_only=True)
+            state = {name: state[name] for name in ("options", "step", "net", "ema", "optimizer")}
+        except Exception as error:
+            raise SystemExit(f"ddpm_unet.py: error: cannot use {path}: {error!r:.200}") from error
     parser.set_defaults(**state.get("options", {}))  # and channels and num_classes
     args = parser.parse_args(argv)  # again: what you do not give comes from the checkpoint
     for name, value in vars(args).items():

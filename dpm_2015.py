@@ -72,7 +72,7 @@ class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
     z_per_number = 2  # z_mu and z_sigma
-    sample = staticmethod(Normal.rsample)  # smooth in the betas, which gives them gradients
+    sample = staticmethod(Normal.rsample)  # smooth in the betas: they get gradients
 
     def __init__(self, T, beta_1, learn_betas):  # beta_1 stays fixed, as in the paper
         super().__init__()
@@ -81,7 +81,7 @@ class Gaussian(nn.Module):
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
         # alpha_bar_t is (1 - beta_1) ... (1 - beta_t). Before training, noise = 1 - alpha_bar_t,
         # its part in x_t, rises from beta_1 to 0.999 along an S-curve: the sigmoid of a line.
-        self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # for Model
+        self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # also for Model
         noise = self.log_odds.sigmoid()
         betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
@@ -99,7 +99,7 @@ class Gaussian(nn.Module):
         beta = self.q(x_t, t - 1, t).variance  # of step t, for any x
         mean_t = x_t / (1 - beta).sqrt()  # what x_t tells: the step, solved for x_{t-1}
         variance_t = beta / (1 - beta)  # the division enlarges the noise, too
-        weight = variance_t / (before.variance + variance_t)  # inverse variances weight the means
+        weight = variance_t / (before.variance + variance_t)  # (1 / v_0) / (1 / v_0 + 1 / v_t)
         mean = weight * before.mean + (1 - weight) * mean_t
         return Normal(mean, (weight * before.variance).sqrt())  # inverse variances add up
 
@@ -121,7 +121,7 @@ class Binomial:
         self.T = T
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
-        self.alpha_bars = 1 - torch.arange(T + 1) / T  # from beta_t = 1 / (T - t + 1)
+        self.alpha_bars = 1 - torch.arange(T + 1) / T  # if beta_t = 1 / (T - t + 1)
         self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # infinite at T
 
     def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
@@ -246,7 +246,7 @@ def train(model, rows, options, path, state):
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
         if options["dataset"] == "mnist":  # count KLs at small t, which are large, less
-            loss = loss * model.process.q(x_0, 0, t).variance[:, 0]  # entropies are fixed
+            loss = loss * model.process.q(x_0, 0, t).variance[:, 0]  # betas are fixed here
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -281,7 +281,7 @@ def draw(title, x, colour="C1"):
 
 @torch.no_grad()
 def evaluate(model, test_rows, num_samples, out):
-    """Draw samples x, complete half of test examples (y), estimate K. L_null is K if z = 0."""
+    """Draw samples x, complete half of each test example (y), estimate K. L_null: K if z = 0."""
     T, D = model.process.T, test_rows.shape[1]
     frames = []
     for t, x in tqdm(p_sample_loop(model, (num_samples, D)), "sampling", T + 1):
@@ -340,7 +340,7 @@ def parse_options(argv):
         except Exception as error:
             raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
         parser.set_defaults(**state["options"])
-    args = parser.parse_args(argv)  # again: what you give wins over model.pt, that over defaults
+    args = parser.parse_args(argv)  # again: your options win over model.pt, it over defaults
     if state:  # except for what makes the model: its weights fit no other
         vars(args).update({name: state["options"][name] for name in MODEL})
     limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture shows 25 digits

@@ -62,7 +62,7 @@ def make_schedule(T):
     t makes the variance of the noise (1 - beta) * (1 - alpha_bar) + beta: 1 - the new alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T < exp(-10)
-    betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would be over 1
+    betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = np.float32([betas, np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)])
     betas, signal, noise_std = torch.tensor(tables)
@@ -324,7 +324,7 @@ def parse_options(argv):
     option("--hidden_layers", 2, "residual blocks")
     option("--train_batch_size", 1000, "examples in a training step")
     option("--num_epochs", 240, "passes over the data")
-    option("--learning_rate", 1e-2, "its highest value")
+    option("--learning_rate", 1e-2, "its highest value, nearly")
     flag("--num_samples", "--eval_batch_size", type=int, default=2000, help="samples to draw")
     option("--show_image_step", 8, "diffusion steps between two frames")
     flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")

@@ -95,7 +95,7 @@ def bound(net, alpha_bars, x_0, labels, terms):
 
 def load_net(path):
     """Return the averaged network of a checkpoint, in float32, and its alpha_bars (T + 1,)."""
-    state = ddpm_unet.load_checkpoint(path, "cpu")
+    state = torch.load(path, map_location="cpu", weights_only=True)
     net = ddpm_unet.UNet(**{name: state["options"][name] for name in ddpm_unet.MODEL})
     net.load_state_dict(state["ema"])
     return net, ddpm_unet.make_schedule(state["options"]["num_timesteps"])
