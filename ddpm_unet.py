@@ -71,7 +71,7 @@ def make_schedule(T):
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). It turns the factor
     # sqrt(alpha_bar_prev) of x_0 into sqrt(alpha_bar), and noise that had variance 1 -
     # alpha_bar_prev into alpha * (1 - alpha_bar_prev) + 1 - alpha, which is 1 - alpha_bar.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # their sum is 10: alpha_bar_T is about exp(-10)
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
@@ -183,11 +183,11 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 # %% 5. Sampling
 # We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will x_0_hat do?
-# 1. A squared error is least at the mean: eps_hat is the mean of all eps that may have led to x_t.
-# 2. As x_t is a mix of x_0 and eps, this mean eps belongs to the mean x_0: x_0_hat (eq. 15).
-# 3. The mean of q_posterior is linear in x_0. So x_0_hat gives p_sample the right mean of x_{t-1}.
-# 4. The variance is too small, as it takes x_0_hat for certain. In small steps, little is lost.
-# (Guidance, below, moves the mean on purpose. The clamp only mends guesses that cannot be.)
+# 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
+# 2. x_0 = (x_t - sqrt(1 - alpha_bar) * eps) / sqrt(alpha_bar). So x_0_hat is the mean of all x_0.
+# 3. x_{t-1} is spread over what these x_0 say. As the mean of q_posterior is linear in x_0, it is
+#    right with x_0_hat. The variance misses the spread of x_0: little, if the step is small.
+# (Guidance, below, moves the mean on purpose. The clamp mends guesses that cannot be.)
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -216,8 +216,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training draws x_t by q_sample, and never asks how x_{t-1} goes with x_t. So we may choose:
-    # the same x_0 and eps make both. Take them from x_t, and mix them again for x_{t-1}.
+    # Training draws x_t by q_sample, never a pair of x_t and x_{t-1}. So the same x_0 and eps may
+    # make both. We know only their means, given x_t, and so guess again after each step.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
