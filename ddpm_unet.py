@@ -347,7 +347,6 @@ def parse_options(argv):
 def main(argv=None):
     """Train a model or load one, draw samples, and write everything to --output_dir."""
     args, state = parse_options(argv)
-    print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, process {RANK}")
     torch.set_default_device(args.device)  # of new tensors, but not of those from numpy
     if WORLD_SIZE > 1:
         distributed.init_process_group()
@@ -360,6 +359,7 @@ def main(argv=None):
         out = Path(args.resume).parent
     elif (out / "model.pt").exists():
         sys.exit(f"ddpm_unet.py: error: {out} holds a model: --resume it, or change --output_dir")
+    print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, files in {out}")
     if args.checkpoint is None:
         data = load_images(args.dataset, args.data_dir, args.image_size)
         images, labels = [tensor.to(args.device) for tensor in data]
