@@ -182,9 +182,9 @@ class Model(nn.Module):
         for inputs in (D, hidden_size, hidden_size):
             layers += [nn.Linear(inputs, hidden_size), nn.LayerNorm(hidden_size), nn.GELU()]
         self.dense = nn.Sequential(*layers, nn.Linear(hidden_size, 4 * D))  # 4 for each number
-        last = nn.Conv1d(16, 10 * process.z_per_number, 1)  # width 1: the same for all numbers
+        last = nn.Conv1d(16, 10 * process.z_per_number, 1, bias=False)  # width 1: for each number
         self.conv = nn.Sequential(nn.Conv1d(5, 16, 1), nn.GELU(), last)
-        nn.init.zeros_(last.weight)  # so training begins near z = 0
+        nn.init.zeros_(last.weight)  # so training begins at z = 0
         # g_j is the j-th of ten bumps, side by side over log_odds. They sum to 1 (eq. 63).
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])

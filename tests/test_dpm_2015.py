@@ -220,10 +220,9 @@ def test_best_network_for_heartbeats():
 
 # %% Network, data and training
 def test_network(process):
-    """Training begins near z = 0, trains all weights, and z of a number sees its own features."""
+    """Training begins at z = 0, trains all weights, and z of a number sees its own features."""
     model = dpm.Model(process, 6, 16)
     x_t = torch.rand(7, 6).round()
-    nn.init.zeros_(model.conv[-1].bias)
     assert (model(x_t, EVERY_T) == 0).all()
     nn.init.normal_(model.conv[-1].weight)
     z = model(x_t, EVERY_T)
@@ -238,7 +237,9 @@ def test_network(process):
 def test_z_is_a_mixture_of_bumps(process):
     """Eq. 62, where ten bumps in t are spaced evenly in the log-odds of alpha_bar, and sum to 1."""
     model = dpm.Model(process, 2, 16)
-    y = nn.init.normal_(model.conv[-1].bias).view(10, -1)
+    nn.init.zeros_(model.conv[0].weight)
+    units = nn.functional.gelu(model.conv[0].bias)  # the same for all x_t, and so are the y_j:
+    y = nn.init.normal_(model.conv[-1].weight)[:, :, 0] @ units
     t = torch.arange(1, 9)
     log_odds = -t  # they fall evenly; how fast does not matter
     if process.z_per_number == 1:
@@ -246,7 +247,7 @@ def test_z_is_a_mixture_of_bumps(process):
     places = 9 * (log_odds - log_odds[0]) / (log_odds[7] - log_odds[0])
     distances = places[:, None] - torch.arange(10)
     bumps = (-(distances**2) / 2).exp()
-    z = bumps @ y / bumps.sum(dim=1, keepdim=True)
+    z = bumps @ y.view(10, -1) / bumps.sum(dim=1, keepdim=True)
     found = model(torch.randn(8, 2), t[:, None])
     assert_close(found, z.repeat_interleave(2, dim=1), rtol=0, atol=1e-6)
 
