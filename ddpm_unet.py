@@ -293,7 +293,7 @@ def sample(net, args, out):
     images = torch.cat(images)
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
     imageio.imwrite(out / "samples.png", tile(images[:100], 10))
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
+    pixels = ((images + 1) * 127.5).round().byte().cpu()  # finished images are within -1..1
     np.save(out / "samples.npy", pixels.permute(0, 2, 3, 1).squeeze(3))
 
 
