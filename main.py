@@ -59,9 +59,9 @@ def make_schedule(T):
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
     noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta so far. Step
-    t makes the variance of the noise (1 - beta) * (1 - alpha_bar) + beta: 1 - the new alpha_bar.
+    t makes the variance of noise (1 - beta_t) * (1 - alpha_bar_{t-1}) + beta_t: 1 - alpha_bar_t.
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T < exp(-10)
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # sum 10: alpha_bar_T < exp(-10), only noise left
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = np.float32([betas, np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)])
@@ -90,7 +90,7 @@ class MLP(nn.Module):
         super().__init__()
         self.embedding_size = embedding_size
         self.time_scale = 1000 / num_timesteps  # embeds t as if there were the paper's 1000 steps
-        x_size = 2 * embedding_size if data_dim == 2 else data_dim
+        x_size = 2 * embedding_size if data_dim == 2 else data_dim  # a point enters as waves
         self.first = nn.Linear(x_size + embedding_size, hidden_size)
         self.blocks = nn.ModuleList()
         for _ in range(hidden_layers):
@@ -114,7 +114,7 @@ def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
 
     Many pairs of x_0 and eps may have led to x_t. The best output (least squared error) is the mean
-    of their targets; likely pairs count more. With eps: L_simple (eq. 14), or eq. 12 unweighted.
+    of their targets; likely pairs count more. With eps: L_simple (eq. 14), eq. 12 without weights.
     """
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
@@ -150,7 +150,7 @@ def p_sample(model, schedule, x_t, t, predict, limit):
     1. For "eps", the network returns the mean of all eps that may have led to x_t.
     2. As x_t = signal * x_0 + noise_std * eps, this mean eps belongs to the mean x_0: x_0_hat.
     3. The mean of q_posterior is linear in x_0. So x_0_hat gives the right mean of x_{t-1}.
-    4. The variance is too small, as it takes x_0_hat for certain. In small steps, little is lost.
+    4. The variance misses the spread of x_0. In small steps, x_0 counts little, so little is lost.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
@@ -374,7 +374,7 @@ def main(argv=None):
     imageio.imwrite(out / "samples.png", draw("samples", x, "tab:orange", config.examples))
     samples = (x * config.scale + config.shift).cpu()
     if config.dim == 784:
-        samples = samples.round().byte().view(-1, 28, 28)  # 0..255, as x_0_hat is within limit
+        samples = samples.round().byte().view(-1, 28, 28)  # the last x is x_0_hat, clamped
     np.save(out / "samples.npy", samples)
     distance = energy_distance(x, config.examples)
     real = config.examples[torch.randint(len(config.examples), (len(x),))]  # as if perfect
