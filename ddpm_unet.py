@@ -167,9 +167,9 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# With x_1..x_T as latents, this is a VAE. For t = 2..T, its bound on -log p(x_0) has the KL of
-# q_posterior and p_sample: of bell curves of equal variance, so a factor times the squared error of
-# eps (eq. 12). L_simple drops the factor, and so is no bound, but gives better images.
+# This is a VAE: the latents are x_1..x_T, the encoder adds noise. Its bound has, for t = 2..T, the
+# KL of q_posterior with x_0 and with a guess of it: same variance, means linear in eps, so a factor
+# times the squared error of eps (eq. 12). L_simple drops the factor: no bound, but better images.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1 for a batch x_0: L_simple (eq. 14)."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -182,12 +182,12 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 5. Sampling
-# We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will x_0_hat do?
+# We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will a guess x_0_hat do?
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
-# 2. x_0 = (x_t - sqrt(1 - alpha_bar) * eps) / sqrt(alpha_bar). So x_0_hat is the mean of all x_0.
-# 3. x_{t-1} is spread over what these x_0 say. As the mean of q_posterior is linear in x_0, it is
-#    right with x_0_hat. The variance misses the spread of x_0: little, if the step is small.
-# (Guidance, below, moves the mean on purpose. The clamp mends guesses that cannot be.)
+# 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
+# 3. q(x_{t-1} | x_t) is the average of q_posterior over these x_0. As the mean of q_posterior is
+#    linear in x_0, x_0_hat gives the right mean. The variance lacks the spread of these means,
+#    due to that of x_0: little, if the step is small. (Guidance moves the mean on purpose.)
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -216,8 +216,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training draws x_t by q_sample, never a pair of x_t and x_{t-1}. So the same x_0 and eps may
-    # make both. We know only their means, given x_t, and so guess again after each step.
+    # The net is trained on single x_t, so it does not mind how x_{t-1} depends on x_t. Here, both
+    # have the same x_0 and eps. Their guesses are only means, so we guess again after each step.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

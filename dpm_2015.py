@@ -61,13 +61,13 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion
-# q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. If a is drawn
-# from it, and b by a step of q, they can be swapped: prior(a) q(b | a) = prior(b) q(a | b).
-# (Numbers: their correlation is sqrt(1 - beta). Bits: b is a, or a new draw.) To undo step t, we
-# need q(x_t | x_{t-1}) q(x_{t-1}), scaled (Bayes' rule). By the swap, this is one more step of q,
-# from x_t, times r = q(x_{t-1}) / prior(x_{t-1}). In noise, r is 1. Else r corrects the step, and a
-# network learns how: in small steps, log r is almost a straight line across the bell curve, and
-# moves it, by z_mu; z_sigma mends its width. For bits, r changes the odds, and z adds to their log.
+# q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be
+# a step of q, from a to b. For a from the prior, prior(a) S(b | a) = prior(b) S(a | b): a swap.
+# (Numbers: their correlation is sqrt(1 - beta). Bits: b is a, or a new draw.) To undo step t, by
+# Bayes' rule, we need q(x_{t-1}) S(x_t | x_{t-1}) = prior(x_t) S(x_{t-1} | x_t) r, scaled, where
+# r = q(x_{t-1}) / prior(x_{t-1}): one more step, from x_t, times r. In noise, r is 1. Else, the
+# network learns r: log r is almost a line across a small step's bell curve, and exp(line) moves
+# that curve, by z_mu; z_sigma mends its width. Bits: r changes the odds, z adds to their log.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -148,14 +148,14 @@ def bound(model, x_0):
         E log p(x_0) >= E log [p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)] = K,
     where E is the mean over data and q. Both are products of steps. For t >= 2, those of q are
         q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)] (Bayes' rule).
-    In the product, each numerator cancels the next denominator, and q(x_1 | x_0) the first one. So
+    All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0)    (these are -H_prior, by i, and H_end)
             + E log p(x_0 | x_1)                   (this is -H_start, by ii)
     i)  log prior(x) is linear in x^2 (bits: in x). The mean of this, over all numbers, is the same
         in data and in noise, and a step of q keeps it. So E log prior(x_t) is -H_prior for all t.
-    ii) The last step of p is a step of q (eq. 44). Swapped as in section 2, p(x_0 | x_1) is
-        q(x_1 | x_0) prior(x_0) / prior(x_1). By i, the priors cancel in E log.
+    ii) In the last step z = 0 (eq. 44), so p(x_0 | x_1) is a step of q, from x_1. Swapped, it is
+        q(x_1 | x_0) prior(x_0) / prior(x_1). By i, the priors cancel: E log q(x_1 | x_0) stays.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))

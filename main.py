@@ -58,8 +58,8 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise and eps are from N(0, I). signal**2 is alpha_bar, the product of all 1 - beta so far. Step
-    t makes the variance of noise (1 - beta_t) * (1 - alpha_bar_{t-1}) + beta_t: 1 - alpha_bar_t.
+    noise, eps: N(0, I). signal**2 = alpha_bar, the product of 1 - beta so far. noise_std**2 goes
+    from 1 - alpha_bar_{t-1} to (1 - beta_t) * (1 - alpha_bar_{t-1}) + beta_t = 1 - alpha_bar_t.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # sum 10: alpha_bar_T < exp(-10), only noise left
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
@@ -147,10 +147,10 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
 
-    1. For "eps", the network returns the mean of all eps that may have led to x_t.
-    2. As x_t = signal * x_0 + noise_std * eps, this mean eps belongs to the mean x_0: x_0_hat.
+    1. The network returns the mean, given x_t, of eps or of x_0.
+    2. As x_t = signal * x_0 + noise_std * eps, the mean eps belongs to the mean x_0: x_0_hat.
     3. The mean of q_posterior is linear in x_0. So x_0_hat gives the right mean of x_{t-1}.
-    4. The variance misses the spread of x_0. In small steps, x_0 counts little, so little is lost.
+    4. The variance misses x_0's spread. For most t, weight is small; near t = 1, that spread is.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
