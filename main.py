@@ -176,8 +176,7 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 def train(model, schedule, x_0, config, path):
     """Train by Algorithm 1 on x_0 (N, D). Draw the losses. Return frames. config: of new_config."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
-    losses = []  # of the last batch in each epoch
-    frames = []
+    losses, frames = [], []
     bar = tqdm(range(config.num_epochs), "training")
     try:
         for epoch in bar:
@@ -191,7 +190,7 @@ def train(model, schedule, x_0, config, path):
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-            losses.append(loss.item())
+            losses.append(float(loss))
             bar.set_postfix(loss=f"{loss:.4f}")
             if not loss.isfinite():
                 sys.exit("main.py: error: the loss is not finite: lower --learning_rate")
@@ -207,17 +206,18 @@ def train(model, schedule, x_0, config, path):
 def draw(title, x, colour, data):
     """Return a picture (H, W, 3), uint8, of points x (N, 2) over the data, or digits (N, 784)."""
     figure = Figure(figsize=(3.6, 4))
-    axes = figure.add_axes((0, 0, 1, 0.9), frame_on=False)  # the rest is for the title
+    axes = figure.add_axes((0, 0, 1, 0.9))  # the rest is for the title
+    axes.set_axis_off()
     axes.set_title(title, fontsize=16)
     if x.shape[1] == 2:
-        edge = 1.3 * data.abs().max().item()
+        edge = 1.3 * float(data.abs().max())
         axes.axis((-edge, edge, -edge, edge))
         axes.plot(*data[:1000].T.cpu(), ".", color="tab:blue", alpha=0.05)
         axes.plot(*x[:300].T.cpu(), ".", color=colour)
     else:
         from torchvision.utils import make_grid
 
-        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0]
+        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0].numpy()
         axes.imshow(grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="rgba", dpi=100)
@@ -251,7 +251,7 @@ def animate(model, schedule, config, num_samples, every):
 def energy_distance(a, b):
     """Return 2 E|a - b| - E|a - a'| - E|b - b'| for samples (N, D), (M, D): near 0 if alike."""
     within = torch.cdist(a, a).mean() + torch.cdist(b, b).mean()
-    return (2 * torch.cdist(a, b).mean() - within).item()
+    return float(2 * torch.cdist(a, b).mean() - within)
 
 
 # %% 9. Files, command line, and main, which puts everything together
