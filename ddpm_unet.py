@@ -167,11 +167,11 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# This is a VAE: the latents are x_1..x_T, the encoder adds noise. Its bound has, for t = 2..T, the
-# KL of q_posterior with x_0 and with a guess of it: same variance, means linear in eps, so a factor
-# times the squared error of eps (eq. 12). L_simple drops the factor: no bound, but better images.
+# This is a VAE: the encoder adds noise, the latents are x_1..x_T. Its bound has, for t > 1, the KL
+# between q_posterior with x_0 and with x_0_hat (eq. 4 with eps_hat, solved for x_0). Both have the
+# same variance, so it is a factor times (eps - eps_hat)**2 (eq. 12). L_simple drops the factor.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
-    """Return the loss of Algorithm 1 for a batch x_0: L_simple (eq. 14)."""
+    """Return the loss of Algorithm 1 for x_0: L_simple (eq. 14), no bound, but better images."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
@@ -185,9 +185,9 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will a guess x_0_hat do?
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
 # 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
-# 3. q(x_{t-1} | x_t) is the average of q_posterior over these x_0. As the mean of q_posterior is
-#    linear in x_0, x_0_hat gives the right mean. The variance lacks the spread of these means,
-#    due to that of x_0: little, if the step is small. (Guidance moves the mean on purpose.)
+# 3. q(x_{t-1} | x_t) is the average of q_posterior over these x_0. Its mean is linear in x_0: so
+#    x_0_hat gives the right mean, but too small a variance: the means for these x_0 differ. They
+#    differ little if steps are small. (Guidance and clamp, below, move the mean on purpose.)
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -216,8 +216,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # The net is trained on single x_t, so it does not mind how x_{t-1} depends on x_t. Here, both
-    # have the same x_0 and eps. Their guesses are only means, so we guess again after each step.
+    # The loss uses only eq. 4, so any rule that keeps eq. 4 true for x_{t-1} will do. Simplest: mix
+    # the same x_0 and eps anew, for t - 1. Both are guessed, so go a little, and guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

@@ -62,12 +62,12 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion
 # q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be
-# a step of q, from a to b. For a from the prior, prior(a) S(b | a) = prior(b) S(a | b): a swap.
-# (Numbers: their correlation is sqrt(1 - beta). Bits: b is a, or a new draw.) To undo step t, by
-# Bayes' rule, we need q(x_{t-1}) S(x_t | x_{t-1}) = prior(x_t) S(x_{t-1} | x_t) r, scaled, where
-# r = q(x_{t-1}) / prior(x_{t-1}): one more step, from x_t, times r. In noise, r is 1. Else, the
-# network learns r: log r is almost a line across a small step's bell curve, and exp(line) moves
-# that curve, by z_mu; z_sigma mends its width. Bits: r changes the odds, z adds to their log.
+# a step of q, from a to b. The swap: prior(a) S(b | a) = prior(b) S(a | b). (Numbers: a and b have
+# correlation sqrt(1 - beta), either way. Bits: b is a, or a new draw.) To undo a step, from a = x_t
+# to b = x_{t-1}, Bayes' rule and then the swap give, up to factors without b,
+#     q(b | a) = q(b) S(a | b) = r(b) S(b | a), where r(b) = q(b) / prior(b):
+# one more step, times r. In noise, r is 1. Else log r is almost a line across a small step's curve,
+# and moves it, by z_mu deviations; z_sigma mends the width. Bits: z adds to the log of the odds.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -152,10 +152,10 @@ def bound(model, x_0):
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0)    (these are -H_prior, by i, and H_end)
             + E log p(x_0 | x_1)                   (this is -H_start, by ii)
-    i)  log prior(x) is linear in x^2 (bits: in x). The mean of this, over all numbers, is the same
-        in data and in noise, and a step of q keeps it. So E log prior(x_t) is -H_prior for all t.
-    ii) In the last step z = 0 (eq. 44), so p(x_0 | x_1) is a step of q, from x_1. Swapped, it is
-        q(x_1 | x_0) prior(x_0) / prior(x_1). By i, the priors cancel: E log q(x_1 | x_0) stays.
+    i)  log prior(x) is linear in x^2 (bits: in x). Over all numbers, x^2 has the mean 1 (x: m) in
+        noise, by our scaling also in data, and a step of q keeps it: E log prior(x_t) = -H_prior.
+    ii) The last step has z = 0 (eq. 44): p(x_0 | x_1) is S(x_0 | x_1), by the swap in section 2
+        q(x_1 | x_0) prior(x_0) / prior(x_1). By i, the priors cancel; E log q(x_1 | x_0) stays.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
