@@ -1,14 +1,14 @@
 """DDPM with a U-Net: Denoising Diffusion Probabilistic Models (arXiv 2006.11239), in one file.
 
 T small steps turn an image x_0 into noise; after t of them it is x_t. A U-Net learns to guess the
-noise in x_t. With its guesses, we go back from pure noise to a new image, in many small steps.
+noise in x_t. With its guesses, we go back from pure noise to a new image, in many steps.
 
     python ddpm_unet.py                                     MNIST, in 45 minutes on two cores
     python ddpm_unet.py --checkpoint tests/models/ddpm_unet_mnist.pt --label 7   sevens, right now
     python ddpm_unet.py --dataset FOLDER --image_size 64    your own images, grey or colour
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
-x is (B, C, H, W): a batch of B images with C = 1 (grey) or 3 channels, of pixels from -1 to 1.
+x is (B, C, H, W): B images with C = 1 (grey) or 3 channels. In x_0, pixels are from -1 to 1.
 Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise. New tensors are on --device.
 """
 
@@ -71,7 +71,7 @@ def make_schedule(T):
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). It turns the factor
     # sqrt(alpha_bar_prev) of x_0 into sqrt(alpha_bar), and noise that had variance 1 -
     # alpha_bar_prev into alpha * (1 - alpha_bar_prev) + 1 - alpha, which is 1 - alpha_bar.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is about exp(-10)
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is below exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
@@ -318,7 +318,7 @@ def parse_options(argv):
     flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
     flag("--guidance", type=float, default=0.5, help="above 0: clearer classes, less variety")
-    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm is Algorithm 2")
+    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm adds fresh noise")
     flag("--sampling_steps", type=int, default=50, help="fewer are quicker, T at most")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")

@@ -225,7 +225,7 @@ def inpaint(model, x_0, known, passes=10):
             if k > 0:
                 x = sample(q(x, t - 1, t))  # from x_{t-1} forward to x_t again
             x = p_sample(model, x, t)
-            known_part = sample(q(x_0, 0, t - 1))  # as noisy as the rest; in the paper, just x_0
+            known_part = sample(q(x_0, 0, t - 1))  # as noisy as the rest; in 2015, just x_0
             x = torch.where(known, known_part, x)
     return torch.where(known, x_0, p_sample(model, x, 1))
 
@@ -281,7 +281,7 @@ def draw(title, x, colour="C1"):
 
 @torch.no_grad()
 def evaluate(model, test_rows, num_samples, out):
-    """Draw samples x, complete half of each test example (y), estimate K. L_null: K if z = 0."""
+    """Draw samples x, complete half of 200 test examples (y), estimate K. L_null: K if z = 0."""
     T, D = model.process.T, test_rows.shape[1]
     frames = []
     for t, x in tqdm(p_sample_loop(model, (num_samples, D)), "sampling", T + 1):

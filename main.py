@@ -147,7 +147,7 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
 
-    1. The network returns the mean, given x_t, of eps or of x_0.
+    1. Ideally, the network returns the mean, given x_t, of eps or of x_0.
     2. As x_t = signal * x_0 + noise_std * eps, the mean eps belongs to the mean x_0: x_0_hat.
     3. The mean of q_posterior is linear in x_0. So x_0_hat gives the right mean of x_{t-1}.
     4. The variance misses x_0's spread. For most t, weight is small; near t = 1, that spread is.
@@ -377,7 +377,7 @@ def main(argv=None):
         samples = samples.round().byte().view(-1, 28, 28)  # the last x is x_0_hat, clamped
     np.save(out / "samples.npy", samples)
     distance = energy_distance(x, config.examples)
-    real = config.examples[torch.randint(len(config.examples), (len(x),))]  # as if perfect
+    real = config.examples[torch.randint(len(config.examples), (len(x),))]  # memorised
     reference = energy_distance(real, config.examples)
     facts = {
         "options": vars(args),  # with --checkpoint, those of the model are in model.pt
