@@ -377,7 +377,7 @@ def main(argv=None):
         samples = samples.round().byte().view(-1, 28, 28)  # the last x is x_0_hat, clamped
     np.save(out / "samples.npy", samples)
     distance = energy_distance(x, config.examples)
-    real = config.examples[torch.randint(len(config.examples), (len(x),))]  # memorised
+    real = config.examples[torch.randint(len(config.examples), (len(x),))]  # as if memorised
     reference = energy_distance(real, config.examples)
     facts = {
         "options": vars(args),  # with --checkpoint, those of the model are in model.pt
