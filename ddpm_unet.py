@@ -68,9 +68,9 @@ def load_images(dataset, data_dir, size):
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
-    # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). It turns the factor
-    # sqrt(alpha_bar_prev) of x_0 into sqrt(alpha_bar), and noise that had variance 1 -
-    # alpha_bar_prev into alpha * (1 - alpha_bar_prev) + 1 - alpha, which is 1 - alpha_bar.
+    # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). If x_{t-1} is
+    # sqrt(alpha_bar_prev) * x_0 plus noise of variance 1 - alpha_bar_prev, then x_t has the factor
+    # sqrt(alpha_bar), and noise of variance alpha * (1 - alpha_bar_prev) + 1 - alpha: 1 - alpha_bar.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is below exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
@@ -167,9 +167,9 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# This is a VAE: the encoder adds noise, the latents are x_1..x_T. Its bound has, for t > 1, the KL
-# between q_posterior with x_0 and with x_0_hat (eq. 4 with eps_hat, solved for x_0). Both have the
-# same variance, so it is a factor times (eps - eps_hat)**2 (eq. 12). L_simple drops the factor.
+# This is a VAE: the encoder adds noise, the latents are x_1..x_T, the decoder is q_posterior with
+# x_0_hat (eq. 4 with eps_hat, solved for x_0). For t > 1 its bound has a KL: q_posterior with x_0
+# to the decoder, of equal variance: a factor times (eps - eps_hat)**2 (eq. 12). L_simple drops it.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1 for x_0: L_simple (eq. 14), no bound, but better images."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -185,9 +185,9 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will a guess x_0_hat do?
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
 # 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
-# 3. q(x_{t-1} | x_t) is the average of q_posterior over these x_0. Its mean is linear in x_0: so
-#    x_0_hat gives the right mean, but too small a variance: the means for these x_0 differ. They
-#    differ little if steps are small. (Guidance and clamp, below, move the mean on purpose.)
+# 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. Each one's mean is linear in its x_0, so
+#    x_0_hat gives the right mean. What it misses is how much these means vary: little, if steps
+#    are small. (Guidance and clamp, below, move the mean on purpose.)
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
