@@ -70,7 +70,7 @@ def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). If x_{t-1} is
     # sqrt(alpha_bar_prev) * x_0 plus noise of variance 1 - alpha_bar_prev, then x_t has the factor
-    # sqrt(alpha_bar), and noise of variance alpha * (1 - alpha_bar_prev) + 1 - alpha = 1 - alpha_bar
+    # sqrt(alpha_bar), and noise variance alpha * (1 - alpha_bar_prev) + 1 - alpha = 1 - alpha_bar.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is below exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
