@@ -94,7 +94,7 @@ def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # variance: beta_tilde
 
 
-# %% 3. Network: a small U-Net (appendix B). Way down: smaller images; way up: back, helped by skips
+# %% 3. Network: a small version of the paper's U-Net (appendix B)
 def conv(C_in, C):
     """Return group norm, SiLU, 3x3 convolution: (B, C_in, H, W) to (B, C, H, W), C features."""
     return nn.Sequential(nn.GroupNorm(8, C_in), nn.SiLU(), nn.Conv2d(C_in, C, 3, padding=1))
@@ -167,11 +167,12 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# This is a VAE: the encoder adds noise, the latents are x_1..x_T, the decoder is q_posterior with
-# x_0_hat (eq. 4 with eps_hat, solved for x_0). For t > 1 its bound has a KL: q_posterior with x_0
-# to the decoder, of equal variance: a factor times (eps - eps_hat)**2 (eq. 12). L_simple drops it.
+# DDPM is a VAE. The encoder adds noise, the latents are x_1..x_T, and the decoder is q_posterior
+# with x_0_hat, a guess made from eps_hat. For each t > 1, the bound has the KL from q_posterior
+# with x_0 to the decoder. Both have the same variance, so this KL is (eps - eps_hat)**2 times a
+# factor (eq. 12). L_simple leaves the factor out. It is no bound, but gives better images.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
-    """Return the loss of Algorithm 1 for x_0: L_simple (eq. 14), no bound, but better images."""
+    """Return the loss of Algorithm 1 for a batch x_0: L_simple (eq. 14)."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
@@ -185,9 +186,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will a guess x_0_hat do?
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
 # 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
-# 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. Each one's mean is linear in its x_0, so
-#    x_0_hat gives the right mean. What it misses is how much these means vary: little, if steps
-#    are small. (Guidance and clamp, below, move the mean on purpose.)
+# 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. The mean of q_posterior is linear in x_0,
+#    so x_0_hat gives the right one. The variance is too small: by little, if the step is small.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -216,8 +216,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # The loss uses only eq. 4, so any rule that keeps eq. 4 true for x_{t-1} will do. Simplest: mix
-    # the same x_0 and eps anew, for t - 1. Both are guessed, so go a little, and guess again.
+    # The loss uses only eq. 4. So any rule will do that keeps eq. 4 true for x_{t-1}. The simplest
+    # one mixes the same x_0 and eps again. Both are guesses: go a little way, and guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -260,9 +260,9 @@ def train(net, ema, images, labels, options, path, state):
             if not loss.isfinite():
                 sys.exit("ddpm_unet.py: error: the loss is not finite: lower --learning_rate")
             weights = {"net": net.state_dict(), "ema": ema.state_dict()}
-            state = {"options": options, "step": step + 1, "optimizer": optimizer.state_dict()}
+            done = {"options": options, "step": step + 1, "optimizer": optimizer.state_dict()}
             with path.with_suffix(".part").open("wb") as file:
-                torch.save({**state, **weights}, file)
+                torch.save({**done, **weights}, file)
             path.with_suffix(".part").replace(path)  # so that model.pt is always complete
             saved = time.time()
         if stop > 0:
@@ -280,12 +280,12 @@ def sample(net, args, out):
     """Draw images of the labels in turn. Save them, and a GIF: x_t on the left, x_0_hat right."""
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     noise = torch.randn(args.num_samples, args.channels, args.image_size, args.image_size)
-    labels = torch.tensor(args.label).repeat(len(noise))[: len(noise)]  # all, again and again
+    all_labels = torch.tensor(args.label).repeat(len(noise))[: len(noise)]  # in turn
     alpha_bars = make_schedule(args.num_timesteps)
     num_steps = min(args.sampling_steps, args.num_timesteps)
     frames, images = [], []
-    for x, label in zip(noise.split(100), labels.split(100)):  # 100 at a time, to save memory
-        chain = p_sample_loop(net, alpha_bars, num_steps, x, label, args.guidance, args.sampler)
+    for x, labels in zip(noise.split(100), all_labels.split(100)):  # 100 at a time: less memory
+        chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
         for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
             if len(images) == 0 and steps_left % max(1, num_steps // 50) == 0:
                 frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))

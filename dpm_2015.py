@@ -5,7 +5,7 @@ on the mean of log p(data), in bits. The paper of 2015: https://arxiv.org/abs/15
 
     python dpm_2015.py                        swiss roll, in two minutes
     python dpm_2015.py --dataset heartbeat    binary sequences, in five minutes
-    python dpm_2015.py --dataset mnist        handwritten digits, in 45 minutes
+    python dpm_2015.py --dataset mnist        handwritten digits, in 50 minutes
 
 Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 x is (B, D): B examples of D numbers or bits. t is one number, or (B, 1): one for each example.
@@ -65,9 +65,9 @@ def load_data(dataset, data_dir):
 # a step of q, from a to b. The swap: prior(a) S(b | a) = prior(b) S(a | b). (Numbers: a and b have
 # correlation sqrt(1 - beta), either way. Bits: b is a, or a new draw.) To undo a step, from a = x_t
 # to b = x_{t-1}, Bayes' rule and then the swap give, up to factors without b,
-#     q(b | a) = q(b) S(a | b) = r(b) S(b | a), where r(b) = q(b) / prior(b):
-# one more step, times r. In noise, r is 1. Else log r is almost a line across a small step's curve,
-# and moves it, by z_mu deviations; z_sigma mends the width. Bits: z adds to the log of the odds.
+#     q(b | a) = q(b) S(a | b) = r(b) S(b | a), where r(b) = q(b) / prior(b).
+# So we take one more step, and correct it by r. If the step is small, log r is almost a straight
+# line across it. This moves a bell curve (by z_mu) or the odds of a bit. z_sigma mends the width.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -79,8 +79,8 @@ class Gaussian(nn.Module):
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
-        # alpha_bar_t is (1 - beta_1) ... (1 - beta_t). Before training, noise = 1 - alpha_bar_t,
-        # its part in x_t, rises from beta_1 to 0.999 along an S-curve: the sigmoid of a line.
+        # alpha_bar_t is (1 - beta_1) ... (1 - beta_t). Before training, the share of noise in x_t,
+        # 1 - alpha_bar_t, rises from beta_1 to 0.999 along an S-curve: the sigmoid of a line.
         self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # also for Model
         noise = self.log_odds.sigmoid()
         betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
@@ -121,8 +121,8 @@ class Binomial:
         self.T = T
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
-        self.alpha_bars = 1 - torch.arange(T + 1) / T  # if beta_t = 1 / (T - t + 1)
-        self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # infinite at T
+        self.alpha_bars = 1 - torch.arange(T + 1) / T  # as beta_t is 1 / (T - t + 1)
+        self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # else infinite at T
 
     def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
@@ -152,10 +152,10 @@ def bound(model, x_0):
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0)    (these are -H_prior, by i, and H_end)
             + E log p(x_0 | x_1)                   (this is -H_start, by ii)
-    i)  log prior(x) is linear in x^2 (bits: in x). Over all numbers, x^2 has the mean 1 (x: m) in
-        noise, by our scaling also in data, and a step of q keeps it: E log prior(x_t) = -H_prior.
-    ii) The last step has z = 0 (eq. 44): p(x_0 | x_1) is S(x_0 | x_1), by the swap in section 2
-        q(x_1 | x_0) prior(x_0) / prior(x_1). By i, the priors cancel; E log q(x_1 | x_0) stays.
+    i)  log prior(x) is linear in x^2. The mean of x^2 is 1 in noise and, because we scaled them, in
+        the data. A step of q keeps it. So E log prior(x_t) = -H_prior. (For bits, say x and m.)
+    ii) In the last step, z = 0 (eq. 44), so p(x_0 | x_1) is S(x_0 | x_1). By the swap, this is
+        q(x_1 | x_0) prior(x_0) / prior(x_1). By i, the priors cancel. E log q(x_1 | x_0) is left.
     """
     process = model.process
     t = torch.randint(2, process.T + 1, (len(x_0), 1))
@@ -177,7 +177,7 @@ class Model(nn.Module):
     def __init__(self, process, D, hidden_size):
         super().__init__()
         self.process = process
-        # It does not see t. It gives ten answers y_j, for ten levels of noise, mixed at step t.
+        # The layers do not see t. They give ten answers y_j, for ten levels of noise.
         layers = []
         for inputs in (D, hidden_size, hidden_size):
             layers += [nn.Linear(inputs, hidden_size), nn.LayerNorm(hidden_size), nn.GELU()]
@@ -185,7 +185,7 @@ class Model(nn.Module):
         last = nn.Conv1d(16, 10 * process.z_per_number, 1, bias=False)  # width 1: for each number
         self.conv = nn.Sequential(nn.Conv1d(5, 16, 1), nn.GELU(), last)
         nn.init.zeros_(last.weight)  # so training begins at z = 0
-        # g_j is the j-th of ten bumps, side by side over log_odds. They sum to 1 (eq. 63).
+        # At step t, g_j(t) weights them: ten bumps, side by side over log_odds (eq. 63).
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
         self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))  # (T, 10)
@@ -245,8 +245,8 @@ def train(model, rows, options, path, state):
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
         loss = -K / x_0.shape[1]
-        if options["dataset"] == "mnist":  # count KLs at small t, which are large, less
-            loss = loss * model.process.q(x_0, 0, t).variance[:, 0]  # betas are fixed here
+        if options["dataset"] == "mnist":  # KLs at small t are large: let them count less
+            loss = loss * model.process.q(x_0, 0, t).variance[:, 0]  # 1 - alpha_bar_t
         optimizer.zero_grad()
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -281,7 +281,7 @@ def draw(title, x, colour="C1"):
 
 @torch.no_grad()
 def evaluate(model, test_rows, num_samples, out):
-    """Draw samples x, complete half of 200 test examples (y), estimate K. L_null: K if z = 0."""
+    """Draw samples x, complete 200 half test examples (y), estimate K. L_null is K if z = 0."""
     T, D = model.process.T, test_rows.shape[1]
     frames = []
     for t, x in tqdm(p_sample_loop(model, (num_samples, D)), "sampling", T + 1):

@@ -58,10 +58,10 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise, eps: N(0, I). signal**2 = alpha_bar, the product of 1 - beta so far. noise_std**2 goes
+    noise and eps: from N(0, I). signal**2: alpha_bar, the product of all 1 - beta. noise_std**2 goes
     from 1 - alpha_bar_{t-1} to (1 - beta_t) * (1 - alpha_bar_{t-1}) + beta_t = 1 - alpha_bar_t.
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # sum 10: alpha_bar_T < exp(-10), only noise left
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T < exp(-10)
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = np.float32([betas, np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)])
@@ -150,7 +150,7 @@ def p_sample(model, schedule, x_t, t, predict, limit):
     1. Ideally, the network returns the mean, given x_t, of eps or of x_0.
     2. As x_t = signal * x_0 + noise_std * eps, the mean eps belongs to the mean x_0: x_0_hat.
     3. The mean of q_posterior is linear in x_0. So x_0_hat gives the right mean of x_{t-1}.
-    4. The variance misses x_0's spread. For most t, weight is small; near t = 1, that spread is.
+    4. The variance is too small: it misses the spread of x_0. In small steps, little is lost.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
@@ -174,7 +174,7 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 
 # %% 7. Training
 def train(model, schedule, x_0, config, path):
-    """Train by Algorithm 1 on x_0 (N, D). Draw the losses. Return frames. config: of new_config."""
+    """Train by Algorithm 1 on x_0 (N, D). Draw the losses at path. Return frames of a GIF."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
     losses, frames = [], []
     bar = tqdm(range(config.num_epochs), "training")
@@ -324,7 +324,7 @@ def parse_options(argv):
     option("--hidden_layers", 2, "residual blocks")
     option("--train_batch_size", 1000, "examples in a training step")
     option("--num_epochs", 240, "passes over the data")
-    option("--learning_rate", 1e-2, "its highest value, nearly")
+    option("--learning_rate", 1e-2, "its highest value")
     flag("--num_samples", "--eval_batch_size", type=int, default=2000, help="samples to draw")
     option("--show_image_step", 8, "diffusion steps between two frames")
     flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")
@@ -377,7 +377,7 @@ def main(argv=None):
         samples = samples.round().byte().view(-1, 28, 28)  # the last x is x_0_hat, clamped
     np.save(out / "samples.npy", samples)
     distance = energy_distance(x, config.examples)
-    real = config.examples[torch.randint(len(config.examples), (len(x),))]  # as if memorised
+    real = config.examples[torch.randint(len(config.examples), (len(x),))]  # real data, drawn again
     reference = energy_distance(real, config.examples)
     facts = {
         "options": vars(args),  # with --checkpoint, those of the model are in model.pt
