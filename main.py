@@ -58,7 +58,7 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise and eps: from N(0, I). signal**2: alpha_bar, the product of all 1 - beta. noise_std**2 goes
+    noise and eps are N(0, I). signal**2 is alpha_bar, the product of 1 - beta. noise_std**2 goes
     from 1 - alpha_bar_{t-1} to (1 - beta_t) * (1 - alpha_bar_{t-1}) + beta_t = 1 - alpha_bar_t.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T < exp(-10)
