@@ -68,10 +68,9 @@ def load_images(dataset, data_dir, size):
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
-    # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). If x_{t-1} is
-    # sqrt(alpha_bar_prev) * x_0 plus noise of variance 1 - alpha_bar_prev, then x_t has the factor
-    # sqrt(alpha_bar), and noise variance alpha * (1 - alpha_bar_prev) + 1 - alpha = 1 - alpha_bar.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: alpha_bar_T is below exp(-10)
+    # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). So t steps multiply
+    # x_0 by sqrt(alpha_bar), and keep a variance of 1: so their noise has variance 1 - alpha_bar.
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: if T > 2, alpha_bar_T < exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
@@ -122,27 +121,24 @@ class UNet(nn.Module):
     def __init__(self, channels, num_classes, num_timesteps, base_channels, channel_mults):
         super().__init__()
         E = 4 * base_channels  # width of temb, the embedding of t and label
-        widths = [base_channels * mult for mult in channel_mults]  # from large images to small
+        widths = [base_channels * mult for mult in channel_mults]  # such as 24, 48, 96
+        pairs = list(zip([widths[0], *widths], widths))  # (24, 24), (24, 48), (48, 96)
         # Fast waves tell close t apart, slow ones distant t. 1000 / T makes any T look like 1000.
         self.frequencies = 1000 / num_timesteps * 10_000 ** -torch.linspace(0, 1, E // 2)
         self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.no_label = num_classes  # the label that stands for none
         self.label_embedding = nn.Embedding(num_classes + 1, E)
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.downs = nn.ModuleList()  # for widths 24, 48, 96: from 24 to 24, from 24 to 48
-        C = widths[0]
-        for C_out in widths[:-1]:
-            self.downs.append(ResBlock(C, C_out, E))
-            C = C_out
-        self.middle_1 = ResBlock(C, widths[-1], E)  # from 48 to 96
-        C = widths[-1]
-        self.attention = nn.MultiheadAttention(C, num_heads=1, batch_first=True)
-        self.middle_2 = ResBlock(C, C, E)
-        self.ups = nn.ModuleList()  # from 96 + 48 (a skip) to 48, from 48 + 24 to 24
-        for C_skip in reversed(widths[:-1]):
-            self.ups.append(ResBlock(C + C_skip, C_skip, E))
-            C = C_skip
-        self.last = conv(C, channels)
+        self.downs = nn.ModuleList()
+        for C_in, C in pairs[:-1]:
+            self.downs.append(ResBlock(C_in, C, E))
+        self.middle_1 = ResBlock(*pairs[-1], E)
+        self.attention = nn.MultiheadAttention(widths[-1], num_heads=1, batch_first=True)
+        self.middle_2 = ResBlock(widths[-1], widths[-1], E)
+        self.ups = nn.ModuleList()  # a skip brings C more channels
+        for C, C_in in reversed(pairs[1:]):
+            self.ups.append(ResBlock(C_in + C, C, E))
+        self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
         angles = (t[:, None] - 1) * self.frequencies  # (B, E / 2), for 0..T-1 as in other code
@@ -157,8 +153,7 @@ class UNet(nn.Module):
         h = self.middle_1(h, temb)
         pixels = F.group_norm(h, 8).flatten(2).mT  # (B, H W, C): each attends to all
         attended, _ = self.attention(pixels, pixels, pixels)
-        h = h + attended.mT.reshape(h.shape)
-        h = self.middle_2(h, temb)
+        h = self.middle_2(h + attended.mT.reshape(h.shape), temb)
         for block in self.ups:
             skip = skips.pop()
             h = F.interpolate(h, skip.shape[2:])  # to the height and width of skip
@@ -167,17 +162,16 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# DDPM is a VAE. The encoder adds noise, the latents are x_1..x_T, and the decoder is q_posterior
-# with x_0_hat, a guess made from eps_hat. For each t > 1, the bound has the KL from q_posterior
-# with x_0 to the decoder. Both have the same variance, so this KL is (eps - eps_hat)**2 times a
-# factor (eq. 12). L_simple leaves the factor out. It is no bound, but gives better images.
+# DDPM is a VAE: the encoder adds noise, the latents are x_1..x_T, and the decoder draws x_{t-1}
+# from q_posterior with x_0_hat for x_0: eq. 4, solved for x_0, with eps_hat for eps. For t > 1,
+# the bound has KL(q_posterior with x_0 || with x_0_hat): with equal variances, a factor times
+# (mean - mean_hat)**2. Given x_t, mean is linear in x_0, x_0 in eps: so also (eps - eps_hat)**2.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
-    """Return the loss of Algorithm 1 for a batch x_0: L_simple (eq. 14)."""
+    """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 with no factor. It draws better."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    # One label in ten is hidden. Sampling uses guesses of both kinds, with and without (guidance).
-    dropped = torch.rand(len(x_0)) < 0.1
+    dropped = torch.rand(len(x_0)) < 0.1  # guidance needs guesses with and without label
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
@@ -191,11 +185,12 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
-    steps = [*np.linspace(len(alpha_bars) - 1, 1, num_steps).round().astype(int), 0]  # T to 0
+    steps = np.linspace(len(alpha_bars) - 1, 1, num_steps).round().astype(int)  # from T to 1
+    steps = [0, *reversed(steps)]  # steps[k] is our t when k steps are left
     take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
-    for k in range(num_steps):
+    for k in range(num_steps, 0, -1):
         alpha_bar = alpha_bars[steps[k]].item()
-        alpha_bar_prev = alpha_bars[steps[k + 1]].item()  # at the t we go to: we call it t - 1
+        alpha_bar_prev = alpha_bars[steps[k - 1]].item()  # at the t we go to: we call it t - 1
         t = torch.full_like(labels, steps[k])
         eps_hat = net(x, t, labels)
         if guidance != 0:  # go further in the direction of the label: arXiv 2207.12598, eq. 6
@@ -203,7 +198,7 @@ def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
             eps_hat = eps_hat + guidance * (eps_hat - eps_hat_without)
         x_0_hat = (x - (1 - alpha_bar) ** 0.5 * eps_hat) / alpha_bar**0.5  # eq. 15
         x_0_hat = x_0_hat.clamp(-1, 1)  # as in the authors' code: the division magnifies errors
-        yield num_steps - k, x, x_0_hat
+        yield k, x, x_0_hat
         x = take_step(x_0_hat, x, alpha_bar, alpha_bar_prev)
     yield 0, x, x  # finished
 
@@ -216,8 +211,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # The loss uses only eq. 4. So any rule will do that keeps eq. 4 true for x_{t-1}. The simplest
-    # one mixes the same x_0 and eps again. Both are guesses: go a little way, and guess again.
+    # The network has only seen images made by eq. 4. So any x_{t-1} made by it will do: we mix the
+    # same x_0 and eps again, with less noise. Both are guesses: go a little way, and guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -228,6 +223,14 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops early
 
 
+def save_checkpoint(path, options, step, net, ema, optimizer):
+    """Save under another name, then rename, so that model.pt is always complete."""
+    parts = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+    with path.with_suffix(".part").open("wb") as file:
+        torch.save({"options": options, "step": step, **parts}, file)
+    path.with_suffix(".part").replace(path)
+
+
 def train(net, ema, images, labels, options, path, state):
     """Train net by Algorithm 1, with a moving average ema. state is {}, or what to resume."""
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
@@ -236,13 +239,16 @@ def train(net, ema, images, labels, options, path, state):
     if state.get("optimizer"):  # it is empty in tests/models/ddpm_unet_mnist.pt
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["lr"] = options["learning_rate"]  # not that of the checkpoint
-    B = options["train_batch_size"]
-    steps = range(state.get("step", 0), max(1, options["num_epochs"] * len(images) // B))
-    bar = tqdm(steps, "training", steps.stop, initial=steps.start, disable=RANK > 0)
+    start = state.get("step", 0)
+    end = max(1, options["num_epochs"] * len(images) // options["train_batch_size"])
+    B = max(1, options["train_batch_size"] // WORLD_SIZE)  # the share of this process
+    for number in (signal.SIGINT, signal.SIGTERM):  # they now wait for the end of a step
+        signal.signal(number, lambda signum, frame: SIGNALS.append(signum))
+    bar = tqdm(range(start, end), "training", end, initial=start, disable=RANK > 0)
     saved = time.time()
     for step in bar:
         torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # same if resumed
-        indices = torch.randint(len(images), (max(1, B // WORLD_SIZE),))
+        indices = torch.randint(len(images), (B,))
         x_0 = images[indices] / 127.5 - 1  # from 0..255 to -1..1, as in the paper's section 3.3
         loss = loss_simple(model, alpha_bars, x_0, labels[indices], net.no_label)
         optimizer.zero_grad()
@@ -256,17 +262,15 @@ def train(net, ema, images, labels, options, path, state):
         stop = torch.tensor(len(SIGNALS), device="cpu")
         if WORLD_SIZE > 1:
             distributed.all_reduce(stop)  # adds up all processes: they stop after the same step
-        if RANK == 0 and (stop > 0 or step + 1 == steps.stop or time.time() > saved + 60):
+        if RANK == 0 and (stop > 0 or step + 1 == end or time.time() > saved + 60):
             if not loss.isfinite():
                 sys.exit("ddpm_unet.py: error: the loss is not finite: lower --learning_rate")
-            weights = {"net": net.state_dict(), "ema": ema.state_dict()}
-            done = {"options": options, "step": step + 1, "optimizer": optimizer.state_dict()}
-            with path.with_suffix(".part").open("wb") as file:
-                torch.save({**done, **weights}, file)
-            path.with_suffix(".part").replace(path)  # so that model.pt is always complete
+            save_checkpoint(path, options, step + 1, net, ema, optimizer)
             saved = time.time()
         if stop > 0:
             break
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # %% 7. Pictures
@@ -287,7 +291,7 @@ def sample(net, args, out):
     for x, labels in zip(noise.split(100), all_labels.split(100)):  # 100 at a time: less memory
         chain = p_sample_loop(net, alpha_bars, num_steps, x, labels, args.guidance, args.sampler)
         for steps_left, x_t, x_0_hat in tqdm(chain, "sampling", num_steps + 1):
-            if len(images) == 0 and steps_left % max(1, num_steps // 50) == 0:
+            if len(images) == 0 and steps_left % max(1, num_steps // 50) == 0:  # of the first 100
                 frames.append(np.hstack((tile(x_t[:25], 5), tile(x_0_hat[:25], 5))))
         images.append(x_t)  # the last x_t is finished
     images = torch.cat(images)
@@ -334,9 +338,9 @@ def parse_options(argv):
         try:
             state = torch.load(path, map_location=args.device, weights_only=True)
             state = {name: state[name] for name in ("options", "step", "net", "ema", "optimizer")}
+            parser.set_defaults(**state["options"])  # and channels and num_classes
         except Exception as error:
             raise SystemExit(f"ddpm_unet.py: error: cannot use {path}: {error!r:.200}") from error
-    parser.set_defaults(**state.get("options", {}))  # and channels and num_classes
     args = parser.parse_args(argv)  # again: what you do not give comes from the checkpoint
     for name, value in vars(args).items():
         if name not in ("seed", "guidance") and isinstance(value, (int, float)) and not value > 0:
@@ -361,8 +365,8 @@ def main(argv=None):
         sys.exit(f"ddpm_unet.py: error: {out} holds a model: --resume it, or change --output_dir")
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, files in {out}")
     if args.checkpoint is None:
-        data = load_images(args.dataset, args.data_dir, args.image_size)
-        images, labels = [tensor.to(args.device) for tensor in data]
+        images, labels = load_images(args.dataset, args.data_dir, args.image_size)
+        images, labels = images.to(args.device), labels.to(args.device)
         _, args.channels, args.image_size, _ = images.shape
         args.num_classes = labels.max().item() + 1
     args.label = args.label or [*range(args.num_classes)]
@@ -378,11 +382,7 @@ def main(argv=None):
         net.load_state_dict(state["net"])
         ema.load_state_dict(state["ema"])
     if args.checkpoint is None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda signum, frame: SIGNALS.append(signum))
         train(net, ema, images, labels, options, out / "model.pt", state)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if RANK > 0 or signal.SIGTERM in SIGNALS:  # Ctrl-C goes on to sample
             sys.exit()
     sample(ema, args, out)

@@ -61,7 +61,7 @@ def make_schedule(T):
     noise and eps are N(0, I). signal**2 is alpha_bar, the product of 1 - beta. noise_std**2 goes
     from 1 - alpha_bar_{t-1} to (1 - beta_t) * (1 - alpha_bar_{t-1}) + beta_t = 1 - alpha_bar_t.
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T < exp(-10)
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: if T > 2, alpha_bar_T < exp(-10)
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = np.float32([betas, np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)])
