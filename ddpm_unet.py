@@ -116,7 +116,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise eps in images x_t (B, channels, H, W), given t (B,) and labels (B,)."""
+    """Return eps_hat: the noise guessed in x_t (B, channels, H, W), given t (B,), labels (B,)."""
 
     def __init__(self, channels, num_classes, num_timesteps, base_channels, channel_mults):
         super().__init__()
@@ -135,8 +135,8 @@ class UNet(nn.Module):
         self.middle_1 = ResBlock(*pairs[-1], E)
         self.attention = nn.MultiheadAttention(widths[-1], num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(widths[-1], widths[-1], E)
-        self.ups = nn.ModuleList()  # a skip brings C more channels
-        for C, C_in in reversed(pairs[1:]):
+        self.ups = nn.ModuleList()
+        for C, C_in in reversed(pairs[1:]):  # 96 + 48 of a skip to 48, then 48 + 24 to 24
             self.ups.append(ResBlock(C_in + C, C, E))
         self.last = conv(widths[0], channels)
 
@@ -162,16 +162,16 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# DDPM is a VAE: the encoder adds noise, the latents are x_1..x_T, and the decoder draws x_{t-1}
-# from q_posterior with x_0_hat for x_0: eq. 4, solved for x_0, with eps_hat for eps. For t > 1,
-# the bound has KL(q_posterior with x_0 || with x_0_hat): with equal variances, a factor times
-# (mean - mean_hat)**2. Given x_t, mean is linear in x_0, x_0 in eps: so also (eps - eps_hat)**2.
+# A VAE with latents x_1..x_T: the encoder adds noise, the decoder draws x_{t-1} from q_posterior
+# with x_0_hat = (x_t - sqrt(1 - alpha_bar) eps_hat) / sqrt(alpha_bar) for x_0. If t > 1, the bound
+# has KL(q_posterior with x_0 || with x_0_hat). Equal variances: so this is a factor times
+# (mean - mean_hat)**2. Given x_t, mean is linear in eps: so another times (eps - eps_hat)**2.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 with no factor. It draws better."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # guidance needs guesses with and without label
+    dropped = torch.rand(len(x_0)) < 0.1  # one in ten: guidance needs guesses without
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
@@ -185,8 +185,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
-    steps = np.linspace(len(alpha_bars) - 1, 1, num_steps).round().astype(int)  # from T to 1
-    steps = [0, *reversed(steps)]  # steps[k] is our t when k steps are left
+    # steps[k] is t when k steps are left, from 0 to T, evenly
+    steps = np.linspace(0, len(alpha_bars) - 1, num_steps + 1).round().astype(int)
     take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
     for k in range(num_steps, 0, -1):
         alpha_bar = alpha_bars[steps[k]].item()

@@ -84,19 +84,26 @@ def guess(schedule, x_0):
 
 
 def step_back(schedule):
-    """Draw what x_0_hat and x_t tell of the step before, and both, if the data are -1 and 1."""
-    figure, (panels,) = new_figure(1, 2, height=2.7)
-    x = torch.linspace(-2, 2, 400)
-    for axes, t in zip(panels, (100, 20)):
-        beta = schedule.betas[t]
-        x_0_hat = torch.tanh(schedule.signal[t] * 0.5 / schedule.noise_std[t] ** 2)
-        guess = (schedule.signal[t - 1] * x_0_hat, schedule.noise_std[t - 1])
-        step = (0.5 / (1 - beta) ** 0.5, (beta / (1 - beta)) ** 0.5)
-        both = main.q_posterior(schedule, x_0_hat, 0.5, t)
-        bells = (("the guess", BLUE, guess), ("the step", GREY, step), ("both", ORANGE, both))
-        for name, colour, bell in bells:
-            axes.plot(x, Normal(*bell).log_prob(x).exp(), color=colour, label=name)
-        axes.set(title=f"where we were after {t - 1} steps, if we hold 0.5 after {t}", yticks=())
+    """Draw where 0.5 after 100 steps was before, by a guess and exactly; the data are -1 and 1."""
+    figure, (panels,) = new_figure(1, 2, height=2.9)
+    x = torch.linspace(-2, 2, 400)[:, None]
+    alpha_bar = schedule.signal[100] ** 2
+    x_0_hat = torch.tanh(alpha_bar**0.5 * 0.5 / (1 - alpha_bar))
+    x_0 = torch.tensor([-1, 1])
+    for axes, t in zip(panels, (99, 20)):
+        before = schedule.signal[t] ** 2
+        step = alpha_bar / before
+        means, variance = ddpm_unet.q_posterior(x_0, 0.5, alpha_bar, before)
+        mean, _ = ddpm_unet.q_posterior(x_0_hat, 0.5, alpha_bar, before)
+        exact = Normal(means, variance**0.5).log_prob(x).exp() @ (1 + x_0 * x_0_hat) / 2
+        axes.plot(x, exact, ":", color="black", lw=3, label="exact")
+        for name, colour, bell in (
+            ("the guess", BLUE, Normal(before**0.5 * x_0_hat, (1 - before) ** 0.5)),
+            ("the step", GREY, Normal(0.5 / step**0.5, ((1 - step) / step) ** 0.5)),
+            ("both", ORANGE, Normal(mean, variance**0.5)),
+        ):
+            axes.plot(x, bell.log_prob(x).exp(), color=colour, label=name)
+        axes.set(title=f"where we were after {t} steps", yticks=())
         axes.legend()
     figure.savefig(IMAGES / "figure_step_back.png")
 
@@ -185,11 +192,7 @@ def unet(net, alpha_bars):
 
 
 # Each experiment: a title, options of main.py, and what to write in place of what in its source
-RAW = {
-    "2 * embedding_size if data_dim == 2 else data_dim": "data_dim",
-    "if x_t.shape[1] == 2": "if False",
-}
-BETA = {"variance = weight * variance_0": "variance = beta * (t > 1)"}
+RAW = {"2 * embedding_size if data_dim == 2 else ": "", "if x_t.shape[1] == 2": "if False"}
 EXPERIMENTS = [
     ("T = 20", "--num_timesteps 20", {}),
     ("T = 50", "--num_timesteps 50", {}),
@@ -198,7 +201,7 @@ EXPERIMENTS = [
     ("x_T is not noise", "", {"0.02, T) * 1000 / T": "0.02, T)"}),
     ("raw coordinates", "", RAW),
     ("predict x_0", "--predict x_0", {}),
-    ("beta for beta tilde", "", BETA),
+    ("beta for beta tilde", "", {"variance = weight * variance_0": "variance = beta * (t > 1)"}),
     ("no fresh noise", "", {"return mean + sigma * torch.randn_like(x_t)": "return mean"}),
     ("the network not told t", "", {"sinusoidal_embedding(t - 1,": "sinusoidal_embedding(0 * t,"}),
     ("width 16", "--hidden_size 16", {}),

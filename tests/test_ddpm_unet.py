@@ -82,7 +82,7 @@ def test_p_sample_loop(monkeypatch, num_steps, guidance, sampler):
     steps_left, x, x_0_hat = zip(*loop)
     assert steps_left == (*range(num_steps, -1, -1),)
     assert x[0] is noise and x[-1] is x_0_hat[-1]
-    visited = [*np.linspace(50, 1, num_steps).round().astype(int), 0]
+    visited = np.linspace(50, 0, num_steps + 1).round().astype(int)
     _, alpha_bars = exact_schedule(50)
     for k, t in enumerate(visited[:-1]):
         a, b = alpha_bars[visited[k : k + 2]]
