@@ -162,10 +162,11 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# A VAE with latents x_1..x_T: the encoder adds noise, the decoder draws x_{t-1} from q_posterior
-# with x_0_hat = (x_t - sqrt(1 - alpha_bar) eps_hat) / sqrt(alpha_bar) for x_0. If t > 1, the bound
-# has KL(q_posterior with x_0 || with x_0_hat). Equal variances: so this is a factor times
-# (mean - mean_hat)**2. Given x_t, mean is linear in eps: so another times (eps - eps_hat)**2.
+# A VAE with latents x_1..x_T; the encoder adds noise. Seen backwards, it draws x_T by eq. 4, then
+# x_{t-1} from q_posterior, for t = T..2. The decoder does the same, with x_0_hat in place of x_0:
+# (x_t - sqrt(1 - alpha_bar) eps_hat) / sqrt(alpha_bar). So each t costs a KL of two bell curves of
+# equal variance: a factor times (mean - mean_hat)**2. Given x_t, the mean is linear in eps, and so
+# this is another factor times (eps - eps_hat)**2 (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 with no factor. It draws better."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -185,8 +186,7 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
-    # steps[k] is t when k steps are left, from 0 to T, evenly
-    steps = np.linspace(0, len(alpha_bars) - 1, num_steps + 1).round().astype(int)
+    steps = np.linspace(0, len(alpha_bars) - 1, num_steps + 1).round().astype(int)  # by steps left
     take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
     for k in range(num_steps, 0, -1):
         alpha_bar = alpha_bars[steps[k]].item()
@@ -211,8 +211,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # The network has only seen images made by eq. 4. So any x_{t-1} made by it will do: we mix the
-    # same x_0 and eps again, with less noise. Both are guesses: go a little way, and guess again.
+    # Training only uses eq. 4, never how x_{t-1} and x_t are linked. So we may link them in another
+    # way: the same x_0 and eps, with less noise. Both are guesses: go a little way, and guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
