@@ -69,7 +69,7 @@ def load_images(dataset, data_dir, size):
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). So t steps multiply
-    # x_0 by sqrt(alpha_bar), and keep a variance of 1: so their noise has variance 1 - alpha_bar.
+    # x_0 by sqrt(alpha_bar). If x_0 had variance 1, so would x_t: so the noise has 1 - alpha_bar.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: if T > 2, alpha_bar_T < exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
@@ -162,17 +162,17 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# A VAE with latents x_1..x_T; the encoder adds noise. Seen backwards, it draws x_T by eq. 4, then
-# x_{t-1} from q_posterior, for t = T..2. The decoder does the same, with x_0_hat in place of x_0:
-# (x_t - sqrt(1 - alpha_bar) eps_hat) / sqrt(alpha_bar). So each t costs a KL of two bell curves of
-# equal variance: a factor times (mean - mean_hat)**2. Given x_t, the mean is linear in eps, and so
-# this is another factor times (eps - eps_hat)**2 (eq. 12).
+# A VAE: its encoder adds noise, in latents x_1..x_T. Read backwards, it draws x_T by eq. 4, then
+# each x_{t-1} by q_posterior. The decoder starts from N(0, I), and uses q_posterior with x_0_hat:
+# eq. 4, solved for x_0, with eps_hat for eps. So t = 2..T each cost a KL of two bell curves of
+# equal variance: a factor times (mean - mean_hat)**2. The mean is linear in x_0, and x_0, given
+# x_t, is linear in eps: so it is a factor times (eps - eps_hat)**2 (eq. 12). t = 1 is similar.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 with no factor. It draws better."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # one in ten: guidance needs guesses without
+    dropped = torch.rand(len(x_0)) < 0.1  # one in ten learns without label: for guidance
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
@@ -211,8 +211,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training only uses eq. 4, never how x_{t-1} and x_t are linked. So we may link them in another
-    # way: the same x_0 and eps, with less noise. Both are guesses: go a little way, and guess again.
+    # Training only uses eq. 4, never how x_{t-1} and x_t are linked. We may link them as we like:
+    # by the same x_0 and eps, with less noise. Both are guesses: go a little way, and guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

@@ -40,10 +40,9 @@ BITS = {"heartbeat": torch.eye(5).repeat(1, 4)}  # 5 examples (5, 20): a pulse i
 
 def load_data(dataset, data_dir):
     """Return training and test examples (N, D), and the shift and scale that undo their scaling."""
-    torch.manual_seed(0)  # the same points in every run
+    torch.manual_seed(0)  # the same points in every run, on one device
     if dataset in BITS:
-        x = BITS[dataset].to(torch.get_default_device())
-        return x, x, 0.0, 1.0
+        return BITS[dataset], BITS[dataset], 0.0, 1.0
     if dataset in POINTS:
         x = POINTS[dataset]()
         x = x[torch.randperm(len(x))]  # they may be in order; the last are for testing
@@ -56,55 +55,51 @@ def load_data(dataset, data_dir):
             raise SystemExit(f"dpm_2015.py: error: {data_dir}: {error!r:.99}") from error
         x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # for a density: 7 becomes 7..8
     shift, scale = x.mean().item(), x.std().item()
-    x = ((x - shift) / scale).to(torch.get_default_device())  # mean 0, variance 1 overall
+    x = (x - shift) / scale  # mean 0, variance 1 overall
     return x[:-10_000], x[-10_000:], shift, scale
 
 
 # %% 2. Two kinds of diffusion
-# q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be
-# a step of q, from a to b. The swap: prior(a) S(b | a) = prior(b) S(a | b). (Numbers: a and b have
-# correlation sqrt(1 - beta), either way. Bits: b is a, or a new draw.) To undo a step, from a = x_t
-# to b = x_{t-1}, Bayes' rule and then the swap give, up to factors without b,
-#     q(b | a) = q(b) S(a | b) = r(b) S(b | a), where r(b) = q(b) / prior(b).
-# So we take one more step, and correct it by r. If the step is small, log r is almost a straight
-# line across it. This moves a bell curve (by z_mu) or the odds of a bit. z_sigma mends the width.
+# q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be a
+# step of q, from a to b. In pure noise, (a, b) is as likely as (b, a). We call this the swap:
+#     prior(a) S(b | a) = prior(b) S(a | b).   Hence, with Bayes' rule, up to factors without b,
+#     q(x_{t-1} = b | x_t = a) = q(b) S(a | b) = r(b) S(b | a), where r(b) = q(b) / prior(b).
+# In pure noise r = 1: one more step of q undoes a step. For data, log r is nearly a straight line
+# over a small step, so it shifts a bell curve or log-odds: by z_mu or z, which the network gives.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
-
-    z_per_number = 2  # z_mu and z_sigma
-    sample = staticmethod(Normal.rsample)  # smooth in the betas: they get gradients
 
     def __init__(self, T, beta_1, learn_betas):  # beta_1 stays fixed, as in the paper
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
+        self.sample = Normal.rsample  # smooth in the betas: they get gradients
+        self.z_per_number = 2  # z_mu and z_sigma
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
-        # alpha_bar_t is (1 - beta_1) ... (1 - beta_t). Before training, the share of noise in x_t,
-        # 1 - alpha_bar_t, rises from beta_1 to 0.999 along an S-curve: the sigmoid of a line.
+        # Before training, the share of noise in x_t rises from beta_1 to 0.999 along an S-curve.
         self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # also for Model
-        noise = self.log_odds.sigmoid()
+        noise = self.log_odds.sigmoid()  # 1 - alpha_bar_t = 1 - (1 - beta_1) ... (1 - beta_t)
         betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
 
     def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
         log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # log1p(-b) is log(1 - b)
-        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # product of 1 - beta, s + 1..t
+        log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # log((1 - beta_{s+1}) ... (1 - beta_t))
         variance = -torch.expm1(log_alpha)  # 1 - alpha, precise also near 0
         return Normal((log_alpha / 2).exp() * x_s, variance.sqrt())
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
-        # Bayes' rule: multiply q(x_{t-1} | x_0) and q(x_t | x_{t-1}), both bell curves in x_{t-1}.
         before = self.q(x_0, 0, t - 1)  # what x_0 tells of x_{t-1}
         beta = self.q(x_t, t - 1, t).variance  # of step t, for any x
         mean_t = x_t / (1 - beta).sqrt()  # what x_t tells: the step, solved for x_{t-1}
         variance_t = beta / (1 - beta)  # the division enlarges the noise, too
         weight = variance_t / (before.variance + variance_t)  # (1 / v_0) / (1 / v_0 + 1 / v_t)
-        mean = weight * before.mean + (1 - weight) * mean_t
+        mean = weight * before.mean + (1 - weight) * mean_t  # Bayes' rule: multiply bell curves
         return Normal(mean, (weight * before.variance).sqrt())  # inverse variances add up
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, 2 D) from the network
-        z_mu, z_sigma = z.chunk(2, dim=1)
+        z_mu, z_sigma = z.chunk(2, dim=1)  # z_sigma mends the width, as log r bends a little
         step = self.q(x_t, t - 1, t)  # one more step of q, from x_t: this is p if z = 0
         mean = step.mean + step.stddev * z_mu  # as the authors' code does it; eq. 65 differs
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
@@ -114,13 +109,12 @@ class Gaussian(nn.Module):
 class Binomial:
     """Diffusion of bits: a step keeps a bit, or with probability beta_t draws it from the prior."""
 
-    z_per_number = 1
-    sample = staticmethod(Bernoulli.sample)
-
     def __init__(self, T, m):
         self.T = T
         self.m = m  # the mean of the data
         self.prior = Bernoulli(m)  # p(x_T), of one bit
+        self.sample = Bernoulli.sample
+        self.z_per_number = 1
         self.alpha_bars = 1 - torch.arange(T + 1) / T  # as beta_t is 1 / (T - t + 1)
         self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # else infinite at T
 
@@ -129,11 +123,10 @@ class Binomial:
         return Bernoulli(alpha * x_s + (1 - alpha) * self.m)
 
     def q_posterior(self, x_0, x_t, t):  # q(x_{t-1} | x_t, x_0), for t >= 2
-        # Bayes' rule for odds P(1) / P(0): those before we see x_t, times q(x_t | 1) / q(x_t | 0).
-        before = self.q(x_0, 0, t - 1)  # its logits are log-odds, log(P(1) / P(0))
+        before = self.q(x_0, 0, t - 1)  # what x_0 tells of x_{t-1}. Logits: log(P(1) / P(0))
         log_q_1 = self.q(1, t - 1, t).log_prob(x_t)  # log q(x_t | x_{t-1} = 1)
         log_q_0 = self.q(0, t - 1, t).log_prob(x_t)
-        return Bernoulli(logits=before.logits + log_q_1 - log_q_0)
+        return Bernoulli(logits=before.logits + log_q_1 - log_q_0)  # Bayes' rule for log-odds
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, D) from the network
         step = self.q(x_t, t - 1, t)  # one more step of q, from x_t: this is p if z = 0
@@ -146,27 +139,26 @@ def bound(model, x_0):
 
     x_1, ..., x_T are to x_0 what the latent variable is in a VAE. As there, by Jensen's inequality,
         E log p(x_0) >= E log [p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)] = K,
-    where E is the mean over data and q. Both are products of steps. For t >= 2, those of q are
-        q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)] (Bayes' rule).
+    with the mean E over data and q. p is p(x_T) times all p(x_{t-1} | x_t). q has, by Bayes' rule,
+        q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)] for t >= 2.
     All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
-            + E log p(x_T) - E log q(x_T | x_0)    (these are -H_prior, by i, and H_end)
-            + E log p(x_0 | x_1)                   (this is -H_start, by ii)
-    i)  log prior(x) is linear in x^2. The mean of x^2 is 1 in noise and, because we scaled them, in
-        the data. A step of q keeps it. So E log prior(x_t) = -H_prior. (For bits, say x and m.)
-    ii) In the last step, z = 0 (eq. 44), so p(x_0 | x_1) is S(x_0 | x_1). By the swap, this is
-        q(x_1 | x_0) prior(x_0) / prior(x_1). By i, the priors cancel. E log q(x_1 | x_0) is left.
+            + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
+    i)  log prior(x) is linear in x^2 (for bits, in x). The mean of x^2 is 1 (of bits: m) in noise
+        and, as we scaled them, in the data. A step of q keeps it. So E log prior(x_t) = -H_prior.
+    ii) In the last step, z = 0 (eq. 44), so p is a step of q. By the swap (section 2),
+        p(x_0 | x_1) prior(x_1) = q(x_1 | x_0) prior(x_0). By i, E log q(x_1 | x_0) is left.
     """
-    process = model.process
-    t = torch.randint(2, process.T + 1, (len(x_0), 1))
+    process, T = model.process, model.process.T
+    t = torch.randint(2, T + 1, (len(x_0), 1))
     x_t = process.sample(process.q(x_0, 0, t))
-    z = model(x_t, t)
-    p = process.p_reverse(z, x_t, t)
-    kl = kl_divergence(process.q_posterior(x_0, x_t, t), p).sum(dim=1)
-    H_end = process.q(x_0, 0, process.T).entropy().sum(dim=1)  # H(x_T | x_0)
-    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # H(x_1 | x_0)
-    H_prior = x_0.shape[1] * process.prior.entropy()  # in eq. 14, H_p(x_T)
-    K = -(process.T - 1) * kl + H_end - H_start - H_prior  # one random t stands for all T - 1
+    p = process.p_reverse(model(x_t, t), x_t, t)
+    q = process.q_posterior(x_0, x_t, t)
+    kl = kl_divergence(q, p).sum(dim=1)
+    H_end = process.q(x_0, 0, T).entropy().sum(dim=1)  # -E log q(x_T | x_0)
+    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # -E log p(x_0 | x_1), by ii
+    H_prior = x_0.shape[1] * process.prior.entropy()  # -E log p(x_T), by i
+    K = -(T - 1) * kl + H_end - H_start - H_prior  # one random t stands for all T - 1
     return K / math.log(2), t
 
 
@@ -177,31 +169,31 @@ class Model(nn.Module):
     def __init__(self, process, D, hidden_size):
         super().__init__()
         self.process = process
-        # The layers do not see t. They give ten answers y_j, for ten levels of noise.
-        layers = []
+        layers = []  # dense does not see t; conv then gives ten answers y_j, for ten noise levels
         for inputs in (D, hidden_size, hidden_size):
             layers += [nn.Linear(inputs, hidden_size), nn.LayerNorm(hidden_size), nn.GELU()]
         self.dense = nn.Sequential(*layers, nn.Linear(hidden_size, 4 * D))  # 4 for each number
         last = nn.Conv1d(16, 10 * process.z_per_number, 1, bias=False)  # width 1: for each number
         self.conv = nn.Sequential(nn.Conv1d(5, 16, 1), nn.GELU(), last)
         nn.init.zeros_(last.weight)  # so training begins at z = 0
-        # At step t, g_j(t) weights them: ten bumps, side by side over log_odds (eq. 63).
         centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
         distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
-        self.register_buffer("temporal_basis", (-(distances**2) / 2).softmax(dim=1))  # (T, 10)
+        g = (-(distances**2) / 2).softmax(dim=1)  # ten bumps, side by side over log_odds (eq. 63)
+        self.register_buffer("temporal_basis", g)  # (T, 10): at step t, g_j(t) weights y_j
 
     def forward(self, x_t, t):
-        """Return z (B, D), or z_mu and z_sigma (B, 2 D), for x_t (B, D) and t (B, 1)."""
-        h = torch.cat((x_t, self.dense(x_t)), dim=1).view(len(x_t), 5, -1)  # (B, 5, D): x_t first
-        y = self.conv(h).view(len(x_t), 10, -1)  # (B, 10, D); with z_sigma, (B, 10, 2 D)
-        g = self.temporal_basis[t - 1]  # (B, 1, 10)
-        return (g @ y)[:, 0]
+        B, D = x_t.shape
+        h = torch.cat((x_t, self.dense(x_t)), dim=1).view(B, 5, D)  # x_t is the first of the 5
+        y = self.conv(h).view(B, 10, -1)  # (B, 10, D); with z_sigma, (B, 10, 2 D)
+        g = self.temporal_basis[t - 1]  # (B, 1, 10), as t is (B, 1)
+        return (g @ y)[:, 0]  # z (B, D), or z_mu and z_sigma (B, 2 D)
 
 
 # %% 5. Sampling and inpainting
 def p_sample(model, x_t, t):
     """Undo step t: draw x_{t-1} (B, D), for x_t (B, D) and one number t."""
-    z = model(x_t, torch.full((len(x_t), 1), t)) * (t > 1)  # p(x_0 | x_1) is a step of q: eq. 44
+    z = model(x_t, torch.full((len(x_t), 1), t))
+    z = z * (t > 1)  # in the last step, z = 0: p(x_0 | x_1) is a step of q (eq. 44)
     return model.process.sample(model.process.p_reverse(z, x_t, t))
 
 
@@ -209,23 +201,23 @@ def p_sample(model, x_t, t):
 def p_sample_loop(model, shape):
     """Draw x of this shape from the prior. Turn it into data. Yield (t, x) for t = T, ..., 0."""
     x = model.process.prior.sample(shape)
-    yield model.process.T, x
     for t in range(model.process.T, 0, -1):
+        yield t, x
         x = p_sample(model, x, t)
-        yield t - 1, x
+    yield 0, x
 
 
 @torch.no_grad()
 def inpaint(model, x_0, known, passes=10):
     """Return x_0 (B, D) with new values where known (D,) is false: RePaint, arXiv 2201.09865."""
-    q, sample = model.process.q, model.process.sample
-    x = model.process.prior.sample(x_0.shape)
-    for t in tqdm(range(model.process.T, 1, -1), "inpainting"):
+    process = model.process
+    x = process.prior.sample(x_0.shape)
+    for t in tqdm(range(process.T, 1, -1), "inpainting"):
         for k in range(passes):  # several, so that the new part can adapt to the known one
             if k > 0:
-                x = sample(q(x, t - 1, t))  # from x_{t-1} forward to x_t again
+                x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} forward to x_t again
             x = p_sample(model, x, t)
-            known_part = sample(q(x_0, 0, t - 1))  # as noisy as the rest; in 2015, just x_0
+            known_part = process.sample(process.q(x_0, 0, t - 1))  # as noisy as x (2015: x_0)
             x = torch.where(known, known_part, x)
     return torch.where(known, x_0, p_sample(model, x, 1))
 
@@ -236,11 +228,12 @@ def train(model, rows, options, path, state):
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
-    steps = range(state.get("step", 0), options["num_training_steps"])
-    bar = tqdm(steps, "training", steps.stop, initial=steps.start)
+    start = state.get("step", 0)
+    end = options["num_training_steps"]
+    bar = tqdm(range(start, end), "training", end, initial=start)
     for step in bar:
         torch.manual_seed(options["seed"] * 10**9 + step)  # resuming draws the same
-        rate = min((step + 1) / 100, 1 - step / steps.stop)  # up in 100 steps, then down to 0
+        rate = min((step + 1) / 100, 1 - step / end)  # up in 100 steps, then down to 0
         optimizer.param_groups[0]["lr"] = options["learning_rate"] * rate
         x_0 = rows[torch.randint(len(rows), (options["train_batch_size"],))]
         K, t = bound(model, x_0)
@@ -251,8 +244,8 @@ def train(model, rows, options, path, state):
         loss.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix(K=f"{K.mean().item():.2f} bits", refresh=False)
-        if (step + 1) % 500 == 0 or step + 1 == steps.stop:
+        bar.set_postfix(K=f"{K.mean():.2f} bits", refresh=False)
+        if (step + 1) % 500 == 0 or step + 1 == end:
             if not K.isfinite().all():
                 sys.exit("dpm_2015.py: error: K is not finite: lower --learning_rate")
             weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -267,21 +260,23 @@ def draw(title, x, colour="C1"):
     figure = Figure(figsize=(4, 4.4), dpi=90)
     axes = figure.add_axes((0.02, 0, 0.96, 0.9), aspect="equal", xticks=(), yticks=())
     axes.set_title(title, fontsize=16)
+    x = x.cpu()
     if x.shape[1] == 2:
         axes.axis((-2.6, 2.6, -2.6, 2.6))
-        axes.scatter(*x[:1000].T.cpu(), s=6, color=colour, linewidths=0)
+        axes.scatter(*x[:1000].T, s=6, color=colour, linewidths=0)
     elif x.shape[1] == 784:
-        rows = x[:25].view(5, 5, 28, 28).transpose(1, 2)
-        axes.imshow(rows.reshape(140, 140).cpu().numpy(), cmap="gray", vmin=-0.4, vmax=2.8)
+        grid = x[:25].view(5, 5, 28, 28).transpose(1, 2).reshape(140, 140)
+        axes.imshow(grid, cmap="gray", vmin=-0.4, vmax=2.8)
     else:
-        axes.pcolormesh(x[:12].cpu(), cmap="Blues", edgecolors="lightgrey", linewidth=1)
-    pixels, (width, height) = FigureCanvasAgg(figure).print_to_buffer()
-    return np.frombuffer(pixels, np.uint8).reshape(height, width, 4)[..., :3]
+        axes.pcolormesh(x[:12], cmap="Blues", edgecolors="lightgrey", linewidth=1)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 @torch.no_grad()
 def evaluate(model, test_rows, num_samples, out):
-    """Draw samples x, complete 200 half test examples (y), estimate K. L_null is K if z = 0."""
+    """Draw samples x, complete 200 half test examples (y), and estimate K for test examples."""
     T, D = model.process.T, test_rows.shape[1]
     frames = []
     for t, x in tqdm(p_sample_loop(model, (num_samples, D)), "sampling", T + 1):
@@ -295,15 +290,16 @@ def evaluate(model, test_rows, num_samples, out):
     panels = [draw("known", known * x_0, "C0"), draw("completed", y), draw("data", x_0, "C0")]
     imageio.imwrite(out / "inpainting.png", np.hstack(panels))
     batches = torch.randint(len(test_rows), (200, 1000))
-    Ks = torch.cat([bound(model, test_rows[batch])[0] for batch in tqdm(batches, "bound")])
-    L_null = model.process.prior.log_prob(test_rows).sum(dim=1).mean().item() / math.log(2)
-    figures = {"K": Ks.mean().item(), "standard error of K": Ks.std().item() / len(Ks) ** 0.5}
-    return x, y, figures | {"L_null": L_null}
+    K = torch.cat([bound(model, test_rows[batch])[0] for batch in tqdm(batches, "bound")])
+    log_prior = model.process.prior.log_prob(test_rows).sum(dim=1)
+    figures = {"K": K.mean().item(), "standard error of K": K.std().item() / len(K) ** 0.5}
+    return x, y, figures | {"L_null": log_prior.mean().item() / math.log(2)}  # this is K if z = 0
 
 
 # %% 8. Command line, and main, which puts everything together
 MODEL = ["dataset", "num_timesteps", "hidden_size"]
 TRAINING = ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
+ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # others 0. A picture shows 25 digits
 
 
 def parse_options(argv):
@@ -311,19 +307,23 @@ def parse_options(argv):
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser = ArgumentParser(usage="dpm_2015.py [options]", description=__doc__.splitlines()[0])
     flag = parser.add_argument
+
+    def option(name, default, help):
+        flag(name, type=type(default), default=default, help=help)
+
     flag("--dataset", default="swiss_roll", choices=[*POINTS, *BITS, "mnist"], help="what to learn")
-    flag("--num_timesteps", type=int, default=40, help="number of diffusion steps T")
-    flag("--hidden_size", type=int, default=64, help="width of the network")
-    flag("--train_batch_size", type=int, default=1000, help="examples in a training step")
-    flag("--num_training_steps", type=int, default=7000, help="training steps")
-    flag("--learning_rate", type=float, default=1e-2, help="of Adam, its highest value")
+    option("--num_timesteps", 40, "number of diffusion steps T")
+    option("--hidden_size", 64, "width of the network")
+    option("--train_batch_size", 1000, "examples in a training step")
+    option("--num_training_steps", 7000, "training steps")
+    option("--learning_rate", 1e-2, "of Adam, its highest value")
     flag("--num_samples", "--eval_batch_size", type=int, default=1000, help="samples to draw")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")
     source.add_argument("--resume", help="model.pt whose training goes on, in its folder")
     flag("--output_dir", help="folder for all files [outputs/dpm_2015_NAME]")
-    flag("--data_dir", default="data", help="holds the 4 files of MNIST in MNIST/raw, or will")
-    flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
+    option("--data_dir", "data", "holds the 4 files of MNIST in MNIST/raw, or will")
+    option("--seed", 0, "the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)  # first, to find out the data set and the checkpoint
     if args.dataset in BITS:
@@ -343,10 +343,9 @@ def parse_options(argv):
     args = parser.parse_args(argv)  # again: your options win over model.pt, it over defaults
     if state:  # except for what makes the model: its weights fit no other
         vars(args).update({name: state["options"][name] for name in MODEL})
-    limits = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # a picture shows 25 digits
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not value > limits.get(name, 0):
-            parser.error(f"--{name} {value}: must be above {limits.get(name, 0)}")
+        if isinstance(value, (int, float)) and not value > ABOVE.get(name, 0):
+            parser.error(f"--{name} {value}: must be above {ABOVE.get(name, 0)}")
     return args, state
 
 
@@ -366,6 +365,7 @@ def main(argv=None):
         sys.exit(f"dpm_2015.py: error: {out} holds a model: --resume it, or change --output_dir")
     out.mkdir(parents=True, exist_ok=True)
     rows, test_rows, shift, scale = load_data(args.dataset, args.data_dir)
+    rows, test_rows = rows.to(args.device), test_rows.to(args.device)
     torch.manual_seed(args.seed)
     if args.dataset in BITS:
         process = Binomial(args.num_timesteps, m=rows.mean().item())
