@@ -162,13 +162,13 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# A VAE: its encoder adds noise, in latents x_1..x_T. Read backwards, it draws x_T by eq. 4, then
-# each x_{t-1} by q_posterior. The decoder starts from N(0, I), and uses q_posterior with x_0_hat:
-# eq. 4, solved for x_0, with eps_hat for eps. So t = 2..T each cost a KL of two bell curves of
-# equal variance: a factor times (mean - mean_hat)**2. The mean is linear in x_0, and x_0, given
-# x_t, is linear in eps: so it is a factor times (eps - eps_hat)**2 (eq. 12). t = 1 is similar.
+# A VAE with latents x_1..x_T. Its encoder only adds noise, but can be read from T down: x_T by
+# eq. 4, then each x_{t-1} by q_posterior. The decoder does so from N(0, I), with x_0_hat for x_0:
+# eq. 4, solved for x_0, with eps_hat for eps. Both are products, so the bound has a KL for each
+# t = 2..T. It is one of bell curves of equal variance: a factor times (mean - mean_hat)**2. Means
+# are linear in x_0, and x_0, given x_t, in eps: so a factor times (eps - eps_hat)**2 (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
-    """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 with no factor. It draws better."""
+    """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 without the factor, for all t."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
@@ -211,8 +211,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training only uses eq. 4, never how x_{t-1} and x_t are linked. We may link them as we like:
-    # by the same x_0 and eps, with less noise. Both are guesses: go a little way, and guess again.
+    # L_simple only uses eq. 4: eq. 2, the link of x_{t-1} and x_t, is in the factor it drops. So we
+    # choose a link: the same x_0 and eps, less noise. Both are guesses: go a little, guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
