@@ -1,17 +1,14 @@
-"""DDPM with an MLP: Denoising Diffusion Probabilistic Models, complete, in one file.
+"""DDPM with an MLP: Denoising Diffusion Probabilistic Models (arXiv 2006.11239), in one file.
 
-T small steps turn data into noise. A network learns to undo them, and makes new data from fresh
-noise: https://arxiv.org/abs/2006.11239. Sections 2 to 7 are the method.
+Small steps t = 1..T turn data x_0 into noise x_T. A network learns the way back: to new data.
 
     python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
     python main.py --dataset mnist          handwritten digits, in ten minutes
 
 One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. B is the batch size.
-Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise.
 """
 
-import io
 import json
 import sys
 from argparse import ArgumentParser, Namespace
@@ -21,8 +18,10 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
+from torchvision import datasets, utils
 from tqdm import tqdm
 
 
@@ -52,14 +51,14 @@ def standardise(data):
     return (data - shift) / scale, shift, scale
 
 
-# %% 2. Noise schedule: how much noise each step adds (section 4 of the paper)
+# %% 2. Noise schedule: how much noise, from N(0, I), each step adds (section 4 of the paper)
 def make_schedule(T):
     """Return T and three tables, each (T + 1,) for t = 0..T: betas, signal and noise_std.
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    noise and eps are N(0, I). signal**2 is alpha_bar, the product of 1 - beta. noise_std**2 goes
-    from 1 - alpha_bar_{t-1} to (1 - beta_t) * (1 - alpha_bar_{t-1}) + beta_t = 1 - alpha_bar_t.
+    signal**2 is alpha_bar, the product of 1 - beta. If x_0 has variance 1, each step keeps it:
+    1 - beta + beta = 1. Of it, alpha_bar is from x_0. So 1 - alpha_bar is noise, for any x_0.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: if T > 2, alpha_bar_T < exp(-10)
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
@@ -69,9 +68,9 @@ def make_schedule(T):
     return Namespace(T=T, betas=betas, signal=signal, noise_std=noise_std)
 
 
-# %% 3. Forward process
+# %% 3. Forward process q
 def q_sample(schedule, x_0, t, eps):
-    """Return x_t (B, D): x_0 (B, D) after the steps 1 to t (B,), in one jump (eq. 4)."""
+    """Return x_t (B, D): x_0 after the steps 1 to t (B,), in one jump; eps is N(0, I) (eq. 4)."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
 
 
@@ -111,27 +110,22 @@ class MLP(nn.Module):
 
 # %% 5. Loss
 def loss_simple(model, schedule, x_0, predict):
-    """Return the loss of Algorithm 1 for a batch x_0 (B, D). predict is "eps" or "x_0".
-
-    Many pairs of x_0 and eps may have led to x_t. The best output (least squared error) is the mean
-    of their targets; likely pairs count more. With eps: L_simple (eq. 14), eq. 12 without weights.
-    """
+    """Return the loss of Algorithm 1 for x_0 (B, D). predict: "eps" (L_simple, eq. 14) or "x_0"."""
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(schedule, x_0, t, eps)
     output = model(x_t, t)
     target = {"eps": eps, "x_0": x_0}[predict]
+    # Least squares: the best output is the mean of all targets that fit x_t; likely ones count more
     return F.mse_loss(output, target)  # line 5
 
 
 # %% 6. Sampling
-# q is the density of the forward process. To undo step t, we draw x_{t-1}, given x_t. If x_0 is
-# known, q_posterior says exactly how. So p_sample guesses x_0, and uses the guess in its place.
 def q_posterior(schedule, x_0, x_t, t):
-    """Return mean (B, D) and standard deviation of x_{t-1}, given x_0, x_t (B, D) and one number t.
+    """Return mean and standard deviation of q(x_{t-1} | x_t, x_0): the step back, if we knew x_0.
 
-    By Bayes' rule, q(x_{t-1} | x_t, x_0) is q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled (eq. 7). Both
-    are bell curves in x_{t-1}. In the product, inverse variances add up, and weight the two means.
+    By Bayes' rule, this is q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled (eq. 7). Both are bell curves
+    in x_{t-1}. In the product, inverse variances add up, and weight the two means. t is one number.
     """
     beta = schedule.betas[t]
     mean_0 = schedule.signal[t - 1] * x_0  # what x_0 tells of x_{t-1}: eq. 4
@@ -145,18 +139,17 @@ def q_posterior(schedule, x_0, x_t, t):
 
 
 def p_sample(model, schedule, x_t, t, predict, limit):
-    """Undo step t, as in Algorithm 2: given x_t (B, D), draw x_{t-1} (B, D). |x_0| <= limit.
+    """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    1. Ideally, the network returns the mean, given x_t, of eps or of x_0.
-    2. As x_t = signal * x_0 + noise_std * eps, the mean eps belongs to the mean x_0: x_0_hat.
-    3. The mean of q_posterior is linear in x_0. So x_0_hat gives the right mean of x_{t-1}.
-    4. The variance is too small: it misses the spread of x_0. In small steps, little is lost.
+    1. Ideally, x_0_hat is the mean of all x_0 that fit x_t: a blur, so we go only one small step.
+    2. q_posterior's mean is linear in x_0: at x_0_hat, it is the mean of x_{t-1} given x_t alone.
+    3. x_{t-1} given x_t varies a bit more, and is only almost a bell curve: fine in small steps.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     x_0_hat = output
-    if predict == "eps":
+    if predict == "eps":  # eq. 4 holds for means: x_t = signal * x_0_hat + noise_std * output
         x_0_hat = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
-    x_0_hat = x_0_hat.clamp(-limit, limit)  # because dividing by a small signal magnifies errors
+    x_0_hat = x_0_hat.clamp(-limit, limit)  # limit: largest |x_0|. A small signal magnifies errors
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)  # for t = 1, sigma is 0
     # Without clamp, this is line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta) + sigma * z.
     return mean + sigma * torch.randn_like(x_t)
@@ -203,25 +196,31 @@ def train(model, schedule, x_0, config, path):
 
 
 # %% 8. Pictures and a score
-def draw(title, x, colour, data):
-    """Return a picture (H, W, 3), uint8, of points x (N, 2) over the data, or digits (N, 784)."""
-    figure = Figure(figsize=(3.6, 4))
-    axes = figure.add_axes((0, 0, 1, 0.9))  # the rest is for the title
-    axes.set_axis_off()
-    axes.set_title(title, fontsize=16)
-    if x.shape[1] == 2:
-        edge = 1.3 * float(data.abs().max())
-        axes.axis((-edge, edge, -edge, edge))
-        axes.plot(*data[:1000].T.cpu(), ".", color="tab:blue", alpha=0.05)
-        axes.plot(*x[:300].T.cpu(), ".", color=colour)
-    else:
-        from torchvision.utils import make_grid
+def draw_points(axes, x, colour, data):
+    """Draw points x (N, 2) in this colour, over the data."""
+    edge = 1.3 * float(data.abs().max())
+    axes.axis((-edge, edge, -edge, edge))
+    axes.plot(*data[:1000].T.cpu(), ".", color="tab:blue", alpha=0.05)
+    axes.plot(*x[:300].T.cpu(), ".", color=colour)
 
-        grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0].numpy()
-        axes.imshow(grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="rgba", dpi=100)
-    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(400, 360, 4)[..., :3]
+
+def draw_digits(axes, x):
+    """Draw the first 25 of the digits x (N, 784), side by side."""
+    grid = utils.make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0]
+    axes.imshow(grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+
+
+def draw(title, x, colour, data):
+    """Return a picture (H, W, 3), uint8, of x: points over the data, or digits."""
+    canvas = FigureCanvasAgg(Figure(figsize=(3.6, 4), dpi=100))
+    axes = canvas.figure.add_axes((0, 0, 1, 0.9), frame_on=False, xticks=(), yticks=())
+    axes.set_title(title, fontsize=16)  # in the upper tenth
+    if x.shape[1] == 2:
+        draw_points(axes, x, colour, data)
+    else:
+        draw_digits(axes, x)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def snapshot(title, model, schedule, config):
@@ -261,9 +260,7 @@ def load_data(name, data_dir):
         return DATASETS[name]()
     try:
         if name == "mnist":
-            from torchvision.datasets import MNIST
-
-            return MNIST(data_dir, download=True).data.flatten(1)
+            return datasets.MNIST(data_dir, download=True).data.flatten(1)
         points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
         points = torch.tensor(np.float32(points))
     except Exception as error:
@@ -288,8 +285,12 @@ def new_config(args):
 
 def save_checkpoint(path, model, config):
     """Save under another name, then rename, so that model.pt is always complete."""
+    checkpoint = {
+        "config": vars(config),  # the options, and what new_config adds
+        "weights": model.state_dict(),
+    }
     with path.with_suffix(".part").open("wb") as file:
-        torch.save({"config": vars(config), "weights": model.state_dict()}, file)
+        torch.save(checkpoint, file)
     if path.exists():
         path.replace(path.with_name("model.old.pt"))  # of an earlier training
     path.with_suffix(".part").replace(path)
@@ -354,11 +355,10 @@ def main(argv=None):
     if args.checkpoint is None:
         x_0, config = new_config(args)
         model = MLP(*config.sizes, config.num_timesteps)
-        name = Path(args.dataset).stem
     else:
         model, config = load_checkpoint(args.checkpoint, args.device)
-        name = Path(config.dataset).stem + "_samples"
     schedule = make_schedule(config.num_timesteps)
+    name = Path(config.dataset).stem + ("" if args.checkpoint is None else "_samples")
     out = Path(args.output_dir or f"outputs/{name}")
     out.mkdir(parents=True, exist_ok=True)
     if config.dim == 2:
