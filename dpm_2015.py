@@ -266,9 +266,9 @@ def draw(title, x, colour="C1"):
         axes.scatter(*x[:1000].T, s=6, color=colour, linewidths=0)
     elif x.shape[1] == 784:
         grid = x[:25].view(5, 5, 28, 28).transpose(1, 2).reshape(140, 140)
-        axes.imshow(grid, cmap="gray", vmin=-0.4, vmax=2.8)
+        axes.imshow(grid.numpy(), cmap="gray", vmin=-0.4, vmax=2.8)
     else:
-        axes.pcolormesh(x[:12], cmap="Blues", edgecolors="lightgrey", linewidth=1)
+        axes.pcolormesh(x[:12].numpy(), cmap="Blues", edgecolors="lightgrey", linewidth=1)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -183,7 +183,7 @@ def train(model, schedule, x_0, config, path):
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
             bar.set_postfix(loss=f"{loss:.4f}")
             if not loss.isfinite():
                 sys.exit("main.py: error: the loss is not finite: lower --learning_rate")
@@ -207,7 +207,7 @@ def draw_points(axes, x, colour, data):
 def draw_digits(axes, x):
     """Draw the first 25 of the digits x (N, 784), side by side."""
     grid = utils.make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0]
-    axes.imshow(grid, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axes.imshow(grid.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
 
 
 def draw(title, x, colour, data):
