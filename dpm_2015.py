@@ -34,7 +34,7 @@ def swiss_roll():
     return torch.stack((u * u.cos(), u * u.sin()), dim=1) + 0.25 * torch.randn(100_000, 2)
 
 
-POINTS = {"swiss_roll": swiss_roll}  # each function returns far more than 10,000 points
+POINTS = {"swiss_roll": swiss_roll}  # more than 10,000 each
 BITS = {"heartbeat": torch.eye(5).repeat(1, 4)}  # 5 examples (5, 20): a pulse in every fifth bit
 
 

@@ -39,7 +39,7 @@ def swiss_roll():
     return torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10 + 0.01 * torch.randn(8000, 2)
 
 
-DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data adds MNIST and your own files
+DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # and MNIST, and your files
 
 
 def standardise(data):
@@ -146,9 +146,9 @@ def p_sample(model, schedule, x_t, t, predict, limit):
     3. x_{t-1} given x_t varies a bit more, and is only almost a bell curve: fine in small steps.
     """
     output = model(x_t, torch.full((len(x_t),), t))
-    x_0_hat = output
-    if predict == "eps":  # eq. 4 holds for means: x_t = signal * x_0_hat + noise_std * output
-        x_0_hat = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15
+    # eq. 15 is eq. 4, solved for x_0. It also holds for means, given x_t.
+    from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]
+    x_0_hat = {"eps": from_eps, "x_0": output}[predict]
     x_0_hat = x_0_hat.clamp(-limit, limit)  # limit: largest |x_0|. A small signal magnifies errors
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)  # for t = 1, sigma is 0
     # Without clamp, this is line 4: (x_t - beta / noise_std * eps) / sqrt(1 - beta) + sigma * z.
