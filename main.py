@@ -117,7 +117,7 @@ def loss_simple(model, schedule, x_0, predict):
     output = model(x_t, t)
     target = {"eps": eps, "x_0": x_0}[predict]
     # Least squares: the best output is the mean of all targets that fit x_t; likely ones count more
-    return F.mse_loss(output, target)  # line 5
+    return F.mse_loss(output, target)  # line 5; with eps, eq. 12 without its weights
 
 
 # %% 6. Sampling
@@ -134,7 +134,7 @@ def q_posterior(schedule, x_0, x_t, t):
     variance_t = beta / (1 - beta)  # the division enlarges the noise, too
     weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
     mean = weight * mean_0 + (1 - weight) * mean_t
-    variance = weight * variance_0  # beta_tilde. The paper also tries beta, which is larger
+    variance = weight * variance_0  # beta_tilde. The paper also tries beta: larger, at small t
     return mean, variance**0.5
 
 
