@@ -70,7 +70,7 @@ def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). So t steps multiply
     # x_0 by sqrt(alpha_bar). If x_0 had variance 1, so would x_t: so the noise has 1 - alpha_bar.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: if T > 2, alpha_bar_T < exp(-10)
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is tiny
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
@@ -162,11 +162,11 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# A VAE with latents x_1..x_T. Its encoder only adds noise, but can be read from T down: x_T by
-# eq. 4, then each x_{t-1} by q_posterior. The decoder does so from N(0, I), with x_0_hat for x_0:
-# eq. 4, solved for x_0, with eps_hat for eps. Both are products, so the bound has a KL for each
-# t = 2..T. It is one of bell curves of equal variance: a factor times (mean - mean_hat)**2. Means
-# are linear in x_0, and x_0, given x_t, in eps: so a factor times (eps - eps_hat)**2 (eq. 12).
+# A VAE with latents x_1..x_T. The encoder q only adds noise, but, from T down, is also a product:
+# x_T by eq. 4, then each x_{t-1} by q_posterior. The decoder p is one, too: N(0, I), then each
+# x_{t-1} by q_posterior, with x_0_hat for x_0. So log(q / p) in the bound is a sum over t, and its
+# mean one KL for each t = 2..T. At equal variances it is factor * (mean - mean_hat)**2. The mean is
+# linear in x_0 (x_0_hat), that, by eq. 4, in eps (eps_hat): factor * (eps - eps_hat)**2 (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 without the factor, for all t."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -211,8 +211,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # L_simple only uses eq. 4: eq. 2, the link of x_{t-1} and x_t, is in the factor it drops. So we
-    # choose a link: the same x_0 and eps, less noise. Both are guesses: go a little, guess again.
+    # L_simple uses eq. 4, but not eq. 2, the link of x_{t-1} and x_t. So net serves any other link
+    # that keeps eq. 4: the same x_0 and eps, less noise. Both are guesses: go a bit, guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

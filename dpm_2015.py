@@ -62,10 +62,10 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be a
 # step of q, from a to b. In pure noise, (a, b) is as likely as (b, a). We call this the swap:
-#     prior(a) S(b | a) = prior(b) S(a | b). Let q(b) be q(x_{t-1} = b). ~ drops factors without b:
-#     q(x_{t-1} = b | x_t = a) ~ q(b) S(a | b) ~ q(b) S(b | a) / prior(b), by Bayes and the swap.
-# Call q(b) / prior(b) r. In pure noise r = 1: a step back is a step of q. For data, log r is nearly
-# a line over a small step: it shifts a bell curve or log-odds, by z_mu or z of the network.
+#     prior(a) S(b | a) = prior(b) S(a | b). Let r(b) be q(x_{t-1} = b) / prior(b). Then
+#     q(x_{t-1} = b | x_t = a) ~ q(x_{t-1} = b) S(a | b) ~ S(b | a) r(b), by Bayes and the swap.
+# ~ drops factors without b. In pure noise r = 1: a step back is a step of q. For data, log r is
+# nearly a line over a small step, and S times e^line is S with mean or log-odds moved, as z says.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -144,8 +144,8 @@ def bound(model, x_0):
     All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    i)  E log prior(x_t) is -H_prior, minus the prior's entropy, at every t: it depends on the mean
-        of x^2 (bits: x) alone, 1 (bits: m) in noise and in our data. A step of q keeps it.
+    i)  E log prior(x_t) = -H_prior (H is entropy) at every t: log prior is a line in x^2 (bits: x),
+        whose mean is 1 (bits: m) in noise and in our data. A step of q mixes the two.
     ii) In the last step, z = 0 (eq. 44), so p is a step of q. The swap (section 2) gives E log
         p(x_0 | x_1) = E [log q(x_1 | x_0) + log prior(x_0) - log prior(x_1)]. By i, priors cancel.
     """

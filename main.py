@@ -57,10 +57,10 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    signal**2 is alpha_bar, the product of 1 - beta. If x_0 has variance 1, each step keeps it:
-    1 - beta + beta = 1. Of it, alpha_bar is from x_0. So 1 - alpha_bar is noise, for any x_0.
+    signal**2 is alpha_bar, the product of 1 - beta. If x_0 has variance 1, each step keeps it, as
+    1 - beta + beta = 1. Of this 1, alpha_bar comes from x_0, and 1 - alpha_bar from the noise.
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10: if T > 2, alpha_bar_T < exp(-10)
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is tiny
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = np.float32([betas, np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)])
@@ -134,7 +134,7 @@ def q_posterior(schedule, x_0, x_t, t):
     variance_t = beta / (1 - beta)  # the division enlarges the noise, too
     weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
     mean = weight * mean_0 + (1 - weight) * mean_t
-    variance = weight * variance_0  # beta_tilde. The paper also tries beta: larger, at small t
+    variance = weight * variance_0  # beta_tilde. The paper also tries beta: much larger at small t
     return mean, variance**0.5
 
 
@@ -142,8 +142,8 @@ def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
     1. Ideally, x_0_hat is the mean of all x_0 that fit x_t: a blur, so we go only one small step.
-    2. q_posterior's mean is linear in x_0: at x_0_hat, it is the mean of x_{t-1} given x_t alone.
-    3. x_{t-1} given x_t varies a bit more, and is only almost a bell curve: fine in small steps.
+    2. q_posterior's mean is a * x_0 + b. Averaged over these x_0, that is a * x_0_hat + b: exact.
+    3. True x_{t-1} also vary with x_0, and form only almost a bell curve: fine in small steps.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     # eq. 15 is eq. 4, solved for x_0. It also holds for means, given x_t.
@@ -284,7 +284,7 @@ def new_config(args):
 
 
 def save_checkpoint(path, model, config):
-    """Save under another name, then rename, so that model.pt is always complete."""
+    """Save under another name, then rename, so that model.pt is never half-written."""
     checkpoint = {
         "config": vars(config),  # the options, and what new_config adds
         "weights": model.state_dict(),
