@@ -162,11 +162,11 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# A VAE with latents x_1..x_T. The encoder q only adds noise, but, from T down, is also a product:
-# x_T by eq. 4, then each x_{t-1} by q_posterior. The decoder p is one, too: N(0, I), then each
-# x_{t-1} by q_posterior, with x_0_hat for x_0. So log(q / p) in the bound is a sum over t, and its
-# mean one KL for each t = 2..T. At equal variances it is factor * (mean - mean_hat)**2. The mean is
-# linear in x_0 (x_0_hat), that, by eq. 4, in eps (eps_hat): factor * (eps - eps_hat)**2 (eq. 12).
+# A VAE with latents x_1..x_T. Its encoder is q(x_T | x_0), eq. 4, times q_posterior for t = T..2;
+# its decoder is N(0, I) for x_T, times q_posterior with a guess x_0_hat for x_0, for t = T..2.
+# So the mean of log(q / p), to minimize, has one KL for each t = 2..T. The variances are equal, so
+# it is factor * (mean - mean_hat)**2. The means share x_t, so they differ by a multiple of
+# x_0 - x_0_hat: by eq. 4, a multiple of eps - eps_hat. So: factor * (eps - eps_hat)**2 (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 without the factor, for all t."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -211,8 +211,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # L_simple uses eq. 4, but not eq. 2, the link of x_{t-1} and x_t. So net serves any other link
-    # that keeps eq. 4: the same x_0 and eps, less noise. Both are guesses: go a bit, guess again.
+    # Training used only eq. 4, never eq. 2. So net is right for any chain whose x_t obey it, such
+    # as this: keep x_0 and eps, and add less noise. Both are guesses: go a bit, guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
