@@ -211,8 +211,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training used only eq. 4, never eq. 2. So net is right for any chain whose x_t obey it, such
-    # as this: keep x_0 and eps, and add less noise. Both are guesses: go a bit, guess again.
+    # Training used eq. 4, not eq. 2. So net is right for any chain whose x_t obey eq. 4, such as
+    # this: keep x_0 and eps, and add less noise. Both are guesses: go a bit, guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
