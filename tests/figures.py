@@ -194,6 +194,8 @@ def unet(net, alpha_bars):
 # Each experiment: a title, options of main.py, and what to write in place of what in its source
 RAW = {"2 * embedding_size if data_dim == 2 else ": "", "if x_t.shape[1] == 2": "if False"}
 EXPERIMENTS = [
+    ("no fresh noise", "", {"return mean + sigma * torch.randn_like(x_t)": "return mean"}),
+    ("the network not told t", "", {"sinusoidal_embedding(t - 1,": "sinusoidal_embedding(0 * t,"}),
     ("T = 20", "--num_timesteps 20", {}),
     ("T = 50", "--num_timesteps 50", {}),
     ("T = 200: the default", "", {}),
@@ -201,11 +203,9 @@ EXPERIMENTS = [
     ("x_T is not noise", "", {"0.02, T) * 1000 / T": "0.02, T)"}),
     ("raw coordinates", "", RAW),
     ("predict x_0", "--predict x_0", {}),
-    ("beta for beta tilde", "", {"variance = weight * variance_0": "variance = beta * (t > 1)"}),
-    ("no fresh noise", "", {"return mean + sigma * torch.randn_like(x_t)": "return mean"}),
-    ("the network not told t", "", {"sinusoidal_embedding(t - 1,": "sinusoidal_embedding(0 * t,"}),
     ("width 16", "--hidden_size 16", {}),
     ("width 32", "--hidden_size 32", {}),
+    ("beta for beta tilde", "", {"variance = weight * variance_0": "variance = beta * (t > 1)"}),
     ("learning rate 0.005", "--learning_rate 5e-3", {}),
     ("learning rate 0.02", "--learning_rate 2e-2", {}),
     ("learning rate 0.1", "--learning_rate 1e-1", {}),
