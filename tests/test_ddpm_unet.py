@@ -383,4 +383,4 @@ def test_loss_of_the_boxed_model():
     torch.manual_seed(0)  # the loss depends on t and eps, which are drawn
     with torch.no_grad():
         loss = ddpm.loss_simple(net, alpha_bars, images / 127.5 - 1, labels, 10)
-    assert loss == pytest.approx(0.021349, rel=1e-3)
+    assert loss == pytest.approx(0.021349, rel=3e-4)
