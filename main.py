@@ -146,8 +146,7 @@ def p_sample(model, schedule, x_t, t, predict, limit):
     3. True x_{t-1} also vary with x_0, and form only almost a bell curve: fine in small steps.
     """
     output = model(x_t, torch.full((len(x_t),), t))
-    # eq. 15 is eq. 4, solved for x_0. It also holds for means, given x_t.
-    from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]
+    from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, of means, too
     x_0_hat = {"eps": from_eps, "x_0": output}[predict]
     x_0_hat = x_0_hat.clamp(-limit, limit)  # limit: largest |x_0|. A small signal magnifies errors
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)  # for t = 1, sigma is 0
@@ -169,7 +168,8 @@ def p_sample_loop(model, schedule, shape, predict, limit):
 def train(model, schedule, x_0, config, path):
     """Train by Algorithm 1 on x_0 (N, D). Draw the losses at path. Return frames of a GIF."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
-    losses, frames = [], []
+    losses = []
+    frames = []
     bar = tqdm(range(config.num_epochs), "training")
     try:
         for epoch in bar:
