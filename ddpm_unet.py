@@ -164,7 +164,7 @@ class UNet(nn.Module):
 # %% 4. Loss
 # A VAE with latents x_1..x_T. Its encoder is q(x_T | x_0), eq. 4, times q_posterior for t = T..2;
 # its decoder is N(0, I) for x_T, times q_posterior with a guess x_0_hat for x_0, for t = T..2.
-# So the mean of log(q / p), to minimize, has one KL for each t = 2..T. The variances are equal, so
+# So the mean of log(q / p), to minimise, has one KL for each t = 2..T. The variances are equal, so
 # it is factor * (mean - mean_hat)**2. The means share x_t, so they differ by a multiple of
 # x_0 - x_0_hat: by eq. 4, a multiple of eps - eps_hat. So: factor * (eps - eps_hat)**2 (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
@@ -172,7 +172,7 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
-    dropped = torch.rand(len(x_0)) < 0.1  # one in ten learns without label: for guidance
+    dropped = torch.rand(len(x_0)) < 0.1  # one in ten is trained without label, for guidance
     eps_hat = model(x_t, t, labels.masked_fill(dropped, no_label))
     return F.mse_loss(eps_hat, eps)  # line 5
 
@@ -186,10 +186,10 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
-    steps = np.linspace(0, len(alpha_bars) - 1, num_steps + 1).round().astype(int)  # by steps left
+    steps = np.linspace(0, len(alpha_bars) - 1, num_steps + 1).round().astype(int)
     take_step = {"ddim": ddim_step, "ddpm": p_sample}[sampler]
     for k in range(num_steps, 0, -1):
-        alpha_bar = alpha_bars[steps[k]].item()
+        alpha_bar = alpha_bars[steps[k]].item()  # k steps are left, and t is steps[k]
         alpha_bar_prev = alpha_bars[steps[k - 1]].item()  # at the t we go to: we call it t - 1
         t = torch.full_like(labels, steps[k])
         eps_hat = net(x, t, labels)
@@ -224,7 +224,7 @@ SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops
 
 
 def save_checkpoint(path, options, step, net, ema, optimizer):
-    """Save under another name, then rename, so that model.pt is always complete."""
+    """Save under another name, then rename, so that model.pt is never half-written."""
     parts = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
     with path.with_suffix(".part").open("wb") as file:
         torch.save({"options": options, "step": step, **parts}, file)

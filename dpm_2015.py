@@ -34,7 +34,7 @@ def swiss_roll():
     return torch.stack((u * u.cos(), u * u.sin()), dim=1) + 0.25 * torch.randn(100_000, 2)
 
 
-POINTS = {"swiss_roll": swiss_roll}  # more than 10,000 each
+POINTS = {"swiss_roll": swiss_roll}  # each has more than 10,000 points
 BITS = {"heartbeat": torch.eye(5).repeat(1, 4)}  # 5 examples (5, 20): a pulse in every fifth bit
 
 
@@ -65,7 +65,7 @@ def load_data(dataset, data_dir):
 #     prior(a) S(b | a) = prior(b) S(a | b). Let r(b) be q(x_{t-1} = b) / prior(b). Then
 #     q(x_{t-1} = b | x_t = a) ~ q(x_{t-1} = b) S(a | b) ~ S(b | a) r(b), by Bayes and the swap.
 # ~ drops factors without b. In pure noise r = 1: a step back is a step of q. For data, log r is
-# nearly a line over a small step, and S times e^line is S with mean or log-odds moved, as z says.
+# nearly a line over a small step. This moves the mean or log-odds of S, and z says by how much.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -217,8 +217,8 @@ def inpaint(model, x_0, known, passes=10):
             if k > 0:
                 x = process.sample(process.q(x, t - 1, t))  # from x_{t-1} forward to x_t again
             x = p_sample(model, x, t)
-            known_part = process.sample(process.q(x_0, 0, t - 1))  # as noisy as x (2015: x_0)
-            x = torch.where(known, known_part, x)
+            known_part = process.sample(process.q(x_0, 0, t - 1))  # as noisy as x
+            x = torch.where(known, known_part, x)  # the paper of 2015 puts x_0 itself in
     return torch.where(known, x_0, p_sample(model, x, 1))
 
 
@@ -251,7 +251,7 @@ def train(model, rows, options, path, state):
             weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             with path.with_suffix(".part").open("wb") as file:
                 torch.save({"options": options, "step": step + 1, **weights}, file)
-            path.with_suffix(".part").replace(path)  # so that model.pt is always complete
+            path.with_suffix(".part").replace(path)  # so that model.pt is never half-written
 
 
 # %% 7. Pictures and figures
@@ -299,7 +299,7 @@ def evaluate(model, test_rows, num_samples, out):
 # %% 8. Command line, and main, which puts everything together
 MODEL = ["dataset", "num_timesteps", "hidden_size"]
 TRAINING = ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
-ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # others 0. A picture shows 25 digits
+ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # options are above this, or above 0
 
 
 def parse_options(argv):

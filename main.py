@@ -4,7 +4,7 @@ Small steps t = 1..T turn data x_0 into noise x_T. A network learns the way back
 
     python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
-    python main.py --dataset mnist          handwritten digits, in ten minutes
+    python main.py --dataset mnist          handwritten digits, in a quarter of an hour
 
 One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. B is the batch size.
 """
@@ -39,7 +39,7 @@ def swiss_roll():
     return torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10 + 0.01 * torch.randn(8000, 2)
 
 
-DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # and MNIST, and your files
+DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data knows more
 
 
 def standardise(data):
@@ -143,10 +143,10 @@ def p_sample(model, schedule, x_t, t, predict, limit):
 
     1. Ideally, x_0_hat is the mean of all x_0 that fit x_t: a blur, so we go only one small step.
     2. q_posterior's mean is a * x_0 + b. Averaged over these x_0, that is a * x_0_hat + b: exact.
-    3. True x_{t-1} also vary with x_0, and form only almost a bell curve: fine in small steps.
+    3. The true x_{t-1} vary a bit more, and are only nearly a bell curve: fine in small steps.
     """
     output = model(x_t, torch.full((len(x_t),), t))
-    from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, of means, too
+    from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, also for means
     x_0_hat = {"eps": from_eps, "x_0": output}[predict]
     x_0_hat = x_0_hat.clamp(-limit, limit)  # limit: largest |x_0|. A small signal magnifies errors
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)  # for t = 1, sigma is 0
