@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
-from torchvision import datasets, utils
 from tqdm import tqdm
 
 
@@ -51,7 +50,7 @@ def standardise(data):
     return (data - shift) / scale, shift, scale
 
 
-# %% 2. Noise schedule: how much noise, from N(0, I), each step adds (section 4 of the paper)
+# %% 2. Noise schedule and forward process (sections 2 and 4 of the paper)
 def make_schedule(T):
     """Return T and three tables, each (T + 1,) for t = 0..T: betas, signal and noise_std.
 
@@ -68,13 +67,12 @@ def make_schedule(T):
     return Namespace(T=T, betas=betas, signal=signal, noise_std=noise_std)
 
 
-# %% 3. Forward process q
 def q_sample(schedule, x_0, t, eps):
     """Return x_t (B, D): x_0 after the steps 1 to t (B,), in one jump; eps is N(0, I) (eq. 4)."""
     return schedule.signal[t, None] * x_0 + schedule.noise_std[t, None] * eps
 
 
-# %% 4. Network
+# %% 3. Network
 def sinusoidal_embedding(x, size, scale):
     """Turn each number in x (B,) into fast and slow sines and cosines (B, size)."""
     frequencies = scale * 10_000 ** -torch.linspace(0, 1, size // 2)  # from scale to scale / 10,000
@@ -108,7 +106,7 @@ class MLP(nn.Module):
         return self.last(h)  # (B, D)
 
 
-# %% 5. Loss
+# %% 4. Loss
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for x_0 (B, D). predict: "eps" (L_simple, eq. 14) or "x_0"."""
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
@@ -120,13 +118,11 @@ def loss_simple(model, schedule, x_0, predict):
     return F.mse_loss(output, target)  # line 5; with eps, eq. 12 without its weights
 
 
-# %% 6. Sampling
+# %% 5. Sampling
 def q_posterior(schedule, x_0, x_t, t):
-    """Return mean and standard deviation of q(x_{t-1} | x_t, x_0): the step back, if we knew x_0.
-
-    By Bayes' rule, this is q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled (eq. 7). Both are bell curves
-    in x_{t-1}. In the product, inverse variances add up, and weight the two means. t is one number.
-    """
+    """Return mean and sigma of q(x_{t-1} | x_t, x_0): the step back, if we knew x_0 (eq. 7)."""
+    # Bayes' rule: q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled. Both are bell curves in x_{t-1}.
+    # In the product, inverse variances add up, and weight the means. t is one number.
     beta = schedule.betas[t]
     mean_0 = schedule.signal[t - 1] * x_0  # what x_0 tells of x_{t-1}: eq. 4
     variance_0 = schedule.noise_std[t - 1] ** 2
@@ -164,7 +160,7 @@ def p_sample_loop(model, schedule, shape, predict, limit):
         yield t - 1, x
 
 
-# %% 7. Training
+# %% 6. Training
 def train(model, schedule, x_0, config, path):
     """Train by Algorithm 1 on x_0 (N, D). Draw the losses at path. Return frames of a GIF."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
@@ -195,7 +191,7 @@ def train(model, schedule, x_0, config, path):
     return frames
 
 
-# %% 8. Pictures and a score
+# %% 7. Pictures and a score
 def draw_points(axes, x, colour, data):
     """Draw points x (N, 2) in this colour, over the data."""
     edge = 1.3 * float(data.abs().max())
@@ -206,7 +202,9 @@ def draw_points(axes, x, colour, data):
 
 def draw_digits(axes, x):
     """Draw the first 25 of the digits x (N, 784), side by side."""
-    grid = utils.make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0]
+    from torchvision.utils import make_grid  # here, as it takes 2 s
+
+    grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0]
     axes.imshow(grid.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
 
 
@@ -253,14 +251,16 @@ def energy_distance(a, b):
     return float(2 * torch.cdist(a, b).mean() - within)
 
 
-# %% 9. Files, command line, and main, which puts everything together
+# %% 8. Files, command line, and main, which puts everything together
 def load_data(name, data_dir):
     """Return points (N, 2), or MNIST's training digits (60000, 784) with grey levels 0..255."""
     if name in DATASETS:
         return DATASETS[name]()
     try:
         if name == "mnist":
-            return datasets.MNIST(data_dir, download=True).data.flatten(1)
+            from torchvision.datasets import MNIST
+
+            return MNIST(data_dir, download=True).data.flatten(1)
         points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
         points = torch.tensor(np.float32(points))
     except Exception as error:
