@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import sys
-import time
 from argparse import ArgumentParser
 from copy import deepcopy
 from pathlib import Path
@@ -162,11 +161,10 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss
-# A VAE with latents x_1..x_T. Its encoder is q(x_T | x_0), eq. 4, times q_posterior for t = T..2;
-# its decoder is N(0, I) for x_T, times q_posterior with a guess x_0_hat for x_0, for t = T..2.
-# So the mean of log(q / p), to minimise, has one KL for each t = 2..T. The variances are equal, so
-# it is factor * (mean - mean_hat)**2. The means share x_t, so they differ by a multiple of
-# x_0 - x_0_hat: by eq. 4, a multiple of eps - eps_hat. So: factor * (eps - eps_hat)**2 (eq. 12).
+# A step back is q_posterior with a guess x_0_hat in place of x_0 (section 5). How far is that from
+# q_posterior itself? Both are bell curves of the same width, so their KL divergence is a factor
+# times (x_0 - x_0_hat)**2. By eq. 4, it is a factor times (eps - eps_hat)**2, too (eq. 12).
+# The sum of these KLs, but for two terms, is a bound on -log p(x_0) (eq. 5; README, part 3).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 without the factor, for all t."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -245,7 +243,6 @@ def train(net, ema, images, labels, options, path, state):
     for number in (signal.SIGINT, signal.SIGTERM):  # they now wait for the end of a step
         signal.signal(number, lambda signum, frame: SIGNALS.append(signum))
     bar = tqdm(range(start, end), "training", end, initial=start, disable=RANK > 0)
-    saved = time.time()
     for step in bar:
         torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # same if resumed
         indices = torch.randint(len(images), (B,))
@@ -262,11 +259,10 @@ def train(net, ema, images, labels, options, path, state):
         stop = torch.tensor(len(SIGNALS), device="cpu")
         if WORLD_SIZE > 1:
             distributed.all_reduce(stop)  # adds up all processes: they stop after the same step
-        if RANK == 0 and (stop > 0 or step + 1 == end or time.time() > saved + 60):
+        if RANK == 0 and ((step + 1) % 200 == 0 or step + 1 == end or stop > 0):
             if not loss.isfinite():
                 sys.exit("ddpm_unet.py: error: the loss is not finite: lower --learning_rate")
             save_checkpoint(path, options, step + 1, net, ema, optimizer)
-            saved = time.time()
         if stop > 0:
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -311,25 +307,29 @@ def parse_options(argv):
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser = ArgumentParser(usage="ddpm_unet.py [options]", description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("--dataset", default="mnist", help="mnist, or a folder of images; its folders are classes")
-    flag("--image_size", type=int, default=28, help="pixels on each side; MNIST has 28")
-    flag("--num_timesteps", type=int, default=1000, help="number of diffusion steps T")
+
+    def option(names, default, help):
+        flag(*names.split(), type=type(default), default=default, help=help)
+
+    option("--dataset", "mnist", "mnist, or a folder of images; its folders are classes")
+    option("--image_size", 28, "pixels on each side; MNIST has 28")
+    option("--num_timesteps", 1000, "number of diffusion steps T")
     flag("--base_channels", type=int, default=24, choices=[8, 16, 24, 32, 64, 128], help="width")
     flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
-    flag("--train_batch_size", "-b", type=int, default=32, help="images in a training step")
-    flag("--num_epochs", "-e", type=int, default=5, help="passes over the data, on average")
-    flag("--learning_rate", "-l", type=float, default=1e-3, help="of Adam")
-    flag("--num_samples", "--eval_batch_size", type=int, default=100, help="images to draw")
+    option("--train_batch_size -b", 32, "images in a training step")
+    option("--num_epochs -e", 5, "passes over the data, on average")
+    option("--learning_rate -l", 1e-3, "of Adam")
+    option("--num_samples --eval_batch_size", 100, "images to draw")
     flag("--label", type=int, nargs="+", help="the classes to draw in turn [all]")
-    flag("--guidance", type=float, default=0.5, help="above 0: clearer classes, less variety")
+    option("--guidance", 0.5, "above 0: clearer classes, less variety")
     flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm adds fresh noise")
-    flag("--sampling_steps", type=int, default=50, help="fewer are quicker, T at most")
+    option("--sampling_steps", 50, "fewer are quicker, T at most")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")
     source.add_argument("--resume", help="model.pt whose training goes on, in its folder")
     flag("--output_dir", help="folder for all files [outputs/ddpm_unet_NAME]")
-    flag("--data_dir", default="data", help="holds the 4 files of MNIST in MNIST/raw, or will")
-    flag("--seed", type=int, default=0, help="the same seed and number of threads: same samples")
+    option("--data_dir", "data", "holds the 4 files of MNIST in MNIST/raw, or will")
+    option("--seed", 0, "the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
     args = parser.parse_args(argv)  # first, only to find the checkpoint
     path = args.resume if args.checkpoint is None else args.checkpoint

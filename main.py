@@ -314,8 +314,8 @@ def parse_options(argv):
     parser = ArgumentParser(usage="main.py [options]")
     flag = parser.add_argument
 
-    def option(name, default, help):
-        flag(name, type=type(default), default=default, help=help)
+    def option(names, default, help):
+        flag(*names.split(), type=type(default), default=default, help=help)
 
     option("--dataset", "heart", f"{', '.join(DATASETS)}, mnist, or a .npy or .csv file of points")
     option("--num_timesteps", 200, "number of diffusion steps T, from 20 to 1000 or so")
@@ -326,7 +326,7 @@ def parse_options(argv):
     option("--train_batch_size", 1000, "examples in a training step")
     option("--num_epochs", 240, "passes over the data")
     option("--learning_rate", 1e-2, "its highest value")
-    flag("--num_samples", "--eval_batch_size", type=int, default=2000, help="samples to draw")
+    option("--num_samples --eval_batch_size", 2000, "samples to draw")
     option("--show_image_step", 8, "diffusion steps between two frames")
     flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")
     flag("--output_dir", help="folder for all files [outputs/NAME]")

@@ -84,13 +84,13 @@ def guess(schedule, x_0):
 
 
 def step_back(schedule):
-    """Draw where 0.5 after 100 steps was before, by a guess and exactly; the data are -1 and 1."""
+    """Draw where 0.5 after 100 steps was before, nearly and exactly; the data are -1 and 1."""
     figure, (panels,) = new_figure(1, 2, height=2.9)
     x = torch.linspace(-2, 2, 400)[:, None]
     alpha_bar = schedule.signal[100] ** 2
     x_0_hat = torch.tanh(alpha_bar**0.5 * 0.5 / (1 - alpha_bar))
     x_0 = torch.tensor([-1, 1])
-    for axes, t in zip(panels, (99, 20)):
+    for axes, t, title in zip(panels, (99, 20), ("one step back", "80 steps back")):
         before = schedule.signal[t] ** 2
         step = alpha_bar / before
         means, variance = ddpm_unet.q_posterior(x_0, 0.5, alpha_bar, before)
@@ -98,12 +98,12 @@ def step_back(schedule):
         exact = Normal(means, variance**0.5).log_prob(x).exp() @ (1 + x_0 * x_0_hat) / 2
         axes.plot(x, exact, ":", color="black", lw=3, label="exact")
         for name, colour, bell in (
-            ("the guess", BLUE, Normal(before**0.5 * x_0_hat, (1 - before) ** 0.5)),
+            ("the origin", BLUE, Normal(before**0.5 * x_0_hat, (1 - before) ** 0.5)),
             ("the step", GREY, Normal(0.5 / step**0.5, ((1 - step) / step) ** 0.5)),
             ("both", ORANGE, Normal(mean, variance**0.5)),
         ):
             axes.plot(x, bell.log_prob(x).exp(), color=colour, label=name)
-        axes.set(title=f"where we were after {t} steps", yticks=())
+        axes.set(title=title, yticks=())
         axes.legend()
     figure.savefig(IMAGES / "figure_step_back.png")
 

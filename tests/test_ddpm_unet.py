@@ -172,9 +172,9 @@ def test_load_images(tmp_path, mnist_dir):
     assert_close(ddpm.load_images("mnist", mnist_dir, 28), digits("train"))
 
 
-@pytest.mark.parametrize("first", [0, 10**6])
-def test_training(monkeypatch, tmp_path, first):
-    """Gradients are clipped, the learning rate is the option, and ema averages the weights."""
+@pytest.mark.parametrize(("first", "saves"), [(0, [8]), (10**6 - 4, [10**6, 10**6 + 4])])
+def test_training(monkeypatch, first, saves):
+    """Gradients are clipped, ema averages; each 200th step and the last one are saved."""
     images = torch.arange(8).view(8, 1, 1, 1).expand(8, 1, 8, 8)  # image k has the grey k
     labels = torch.arange(8) // 3
     net = small_unet(1, 2, 20)
@@ -183,6 +183,7 @@ def test_training(monkeypatch, tmp_path, first):
     loss_simple = ddpm.loss_simple
     adam_step = torch.optim.Adam.step
     decays = []
+    saved = []
 
     def watched_loss(model, alpha_bars, x_0, y, no_label):
         assert_allclose(alpha_bars, exact_schedule(20)[1], rtol=1e-5)
@@ -203,13 +204,13 @@ def test_training(monkeypatch, tmp_path, first):
 
     monkeypatch.setattr(ddpm, "loss_simple", watched_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    monkeypatch.setattr(ddpm, "save_checkpoint", lambda path, _, step, *more: saved.append(step))
     options = {"num_timesteps": 20, "learning_rate": 0.01, "train_batch_size": 4, "seed": 0}
-    options["num_epochs"] = 4 + first // 2
-    adam = torch.optim.Adam(net.parameters(), lr=0.5)  # the option is what counts
-    state = {"step": first, "optimizer": adam.state_dict()}
-    ddpm.train(net, ema, images, labels, options, tmp_path / "model.pt", state)
+    options["num_epochs"] = first // 2 + 4  # of 2 steps: 8 steps more
+    state = {"step": first, "optimizer": torch.optim.Adam(net.parameters(), lr=0.5).state_dict()}
+    ddpm.train(net, ema, images, labels, options, None, state)
     assert_close(next(ema.parameters()), average, rtol=1e-5, atol=1e-6)
-    assert len(decays) == 8  # 4 times 8 images in batches of 4
+    assert len(decays) == 8 and saved == saves
 
 
 def run(out, *options):
@@ -243,8 +244,7 @@ def test_files_of_a_run(trained):
     samples = np.load(out / "samples.npy")
     picture = np.array(Image.open(out / "samples.png"))
     assert_allclose(picture[32:40, 72:80], samples[37])  # 8 x 8 pixels, then 2 black ones
-    milliseconds = conftest.gif_milliseconds(out / "process.gif")
-    assert sum(milliseconds) == 100 * (21 + 30)  # 20 steps, then it stays
+    assert sum(conftest.gif_milliseconds(out / "process.gif")) == 100 * (21 + 30)  # it stays
     with Image.open(out / "process.gif") as gif:
         gif.seek(gif.n_frames - 1)
         last = np.array(gif.convert("RGB")).astype(int)
