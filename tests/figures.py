@@ -194,17 +194,17 @@ def unet(net, alpha_bars):
 # Each experiment: a title, options of main.py, and what to write in place of what in its source
 RAW = {"2 * embedding_size if data_dim == 2 else ": "", "if x_t.shape[1] == 2": "if False"}
 EXPERIMENTS = [
+    ("T = 200: the default", "", {}),
     ("no fresh noise", "", {"return mean + sigma * torch.randn_like(x_t)": "return mean"}),
     ("the network not told t", "", {"sinusoidal_embedding(t - 1,": "sinusoidal_embedding(0 * t,"}),
     ("T = 20", "--num_timesteps 20", {}),
     ("T = 50", "--num_timesteps 50", {}),
-    ("T = 200: the default", "", {}),
     ("T = 1000", "--num_timesteps 1000", {}),
-    ("x_T is not noise", "", {"0.02, T) * 1000 / T": "0.02, T)"}),
     ("raw coordinates", "", RAW),
     ("predict x_0", "--predict x_0", {}),
     ("width 16", "--hidden_size 16", {}),
     ("width 32", "--hidden_size 32", {}),
+    ("x_T is not noise", "", {"0.02, T) * 1000 / T": "0.02, T)"}),
     ("beta for beta tilde", "", {"variance = weight * variance_0": "variance = beta * (t > 1)"}),
     ("learning rate 0.005", "--learning_rate 5e-3", {}),
     ("learning rate 0.02", "--learning_rate 2e-2", {}),
@@ -212,24 +212,24 @@ EXPERIMENTS = [
 ]
 
 
-def experiments(folder):
+def experiments(name, rows, chosen):
     """Train the heart once for each experiment, unless that is done, and draw all samples."""
-    figure, panels = new_figure(3, 5, height=6.9)
-    for (title, options, changes), axes in zip(EXPERIMENTS, panels.flat):
-        out = folder / title.replace(" ", "_").replace(":", "")
+    figure, panels = new_figure(rows, 5, height=2.3 * rows + 0.2)
+    for (title, options, changes), axes in zip(chosen, panels.flat):
+        out = ROOT / "outputs" / "experiments" / title.replace(" ", "_").replace(":", "")
         source = (ROOT / "main.py").read_text()
         for old, new in changes.items():
             source = source.replace(old, new)
         if not (out / "run.json").exists():
             out.mkdir(parents=True, exist_ok=True)
             (out / "changed.py").write_text(source)
-            command = [sys.executable, out / "changed.py", "--output_dir", out, *options.split()]
-            subprocess.run([*command, "--num_samples", "10000"], check=True)
+            options = ["--output_dir", out, "--num_samples", "10000", *options.split()]
+            subprocess.run([sys.executable, out / "changed.py", *options], check=True)
         distance = json.loads((out / "run.json").read_text())["energy distance"]
         axes.scatter(*np.load(out / "samples.npy")[:1000].T, s=2, color=ORANGE, linewidths=0)
         axes.set(xlim=(-5, 5), ylim=(-5, 5), **NO_TICKS)
         axes.set_title(f"{title}\n{distance:.4f}", fontsize=11)
-    figure.savefig(IMAGES / "figure_experiments.png")
+    figure.savefig(IMAGES / f"figure_{name}.png")
 
 
 @torch.no_grad()
@@ -250,6 +250,7 @@ def all_but_experiments(outputs):
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["experiments"]:
-        experiments(ROOT / "outputs" / "experiments")
+        experiments("experiments", 2, EXPERIMENTS[:10])
+        experiments("little", 1, EXPERIMENTS[10:])
     else:
         all_but_experiments(Path("outputs"))

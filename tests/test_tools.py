@@ -63,10 +63,9 @@ def test_whole_run(tmp_path, mnist_dir, capsys):
     """Of a tiny network with random weights. The table adds up."""
     options = dict(zip(ddpm_unet.MODEL, (1, 10, 30, 8, [1, 2])))
     weights = ddpm_unet.UNet(**options).state_dict()
-    model = {"options": options, "step": 1, "net": {}, "ema": weights, "optimizer": {}}
-    torch.save(model, tmp_path / "model.pt")
-    options = ["--data_dir", mnist_dir, "--num_images", 200]
-    run_script("tests/likelihood.py", tmp_path / "model.pt", *options)
+    path = tmp_path / "model.pt"
+    torch.save({"options": options, "step": 1, "net": {}, "ema": weights, "optimizer": {}}, path)
+    run_script("tests/likelihood.py", path, "--data_dir", mnist_dir, "--num_images", 200)
     rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
     L_T, steps, L_0, total, floor, _ = (float(row[1].split(" ± ")[0]) for row in rows)
     assert total == pytest.approx(L_T + steps + L_0, abs=2e-3)
