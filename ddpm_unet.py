@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import distributed, nn
-from torchvision import datasets, utils
+from torchvision import datasets, transforms, utils
 from tqdm import tqdm
 
 
@@ -48,7 +48,7 @@ def load_images(dataset, data_dir, size):
             mnist = datasets.MNIST(data_dir, download=True)
         except RuntimeError as error:
             raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
-        return mnist.data[:, None], mnist.targets
+        return transforms.functional.resize(mnist.data[:, None], [size, size]), mnist.targets
     classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
     numbers = {name: number for number, name in enumerate(classes)}  # "." is the folder itself
     files = datasets.folder.make_dataset(dataset, numbers, datasets.folder.IMG_EXTENSIONS)
@@ -68,8 +68,8 @@ def load_images(dataset, data_dir, size):
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). So t steps multiply
-    # x_0 by sqrt(alpha_bar). If x_0 had variance 1, so would x_t: so the noise has 1 - alpha_bar.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is tiny
+    # x_0 by sqrt(alpha_bar) and add noise of variance 1 - alpha_bar: so variance 1 would stay 1.
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
@@ -135,8 +135,8 @@ class UNet(nn.Module):
         self.attention = nn.MultiheadAttention(widths[-1], num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(widths[-1], widths[-1], E)
         self.ups = nn.ModuleList()
-        for C, C_in in reversed(pairs[1:]):  # 96 + 48 of a skip to 48, then 48 + 24 to 24
-            self.ups.append(ResBlock(C_in + C, C, E))
+        for C_skip, C_in in reversed(pairs[1:]):  # 96 and a skip's 48 to 48, then 48 and 24 to 24
+            self.ups.append(ResBlock(C_in + C_skip, C_skip, E))
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
@@ -160,11 +160,11 @@ class UNet(nn.Module):
         return self.last(h)  # (B, channels, H, W)
 
 
-# %% 4. Loss
-# A step back is q_posterior with a guess x_0_hat in place of x_0 (section 5). How far is that from
-# q_posterior itself? Both are bell curves of the same width, so their KL divergence is a factor
-# times (x_0 - x_0_hat)**2. By eq. 4, it is a factor times (eps - eps_hat)**2, too (eq. 12).
-# The sum of these KLs, but for two terms, is a bound on -log p(x_0) (eq. 5; README, part 3).
+# %% 4. Loss (more in the README, parts 3 and 4)
+# Eq. 4 with a guess eps_hat for eps, solved for x_0, gives a guess x_0_hat. A step back will be
+# q_posterior with x_0_hat for x_0: as wide as the true one, so the KL divergence of the two is a
+# factor times (x_0 - x_0_hat)**2, and by eq. 4, times (eps - eps_hat)**2 (eq. 12). As in a VAE,
+# these KLs for t = 2..T, plus a term at each end, are at least -log p(x_0), on average (eq. 5).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 without the factor, for all t."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -180,7 +180,7 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
 # 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
 # 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. The mean of q_posterior is linear in x_0,
-#    so x_0_hat gives the right one. The variance is too small: by little, if the step is small.
+#    so x_0_hat gives the right one. The variance is a bit too small, as x_0 was taken for known.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -209,8 +209,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training used eq. 4, not eq. 2. So net is right for any chain whose x_t obey eq. 4, such as
-    # this: keep x_0 and eps, and add less noise. Both are guesses: go a bit, guess again.
+    # The loss uses eq. 4, never eq. 2. So net fits any chain that obeys eq. 4. The simplest has one
+    # eps for all t: x_{t-1} is eq. 4 with the x_0 and eps of x_t. Both are guessed anew each step.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -312,7 +312,7 @@ def parse_options(argv):
         flag(*names.split(), type=type(default), default=default, help=help)
 
     option("--dataset", "mnist", "mnist, or a folder of images; its folders are classes")
-    option("--image_size", 28, "pixels on each side; MNIST has 28")
+    option("--image_size", 28, "pixels on each side")
     option("--num_timesteps", 1000, "number of diffusion steps T")
     flag("--base_channels", type=int, default=24, choices=[8, 16, 24, 32, 64, 128], help="width")
     flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
@@ -367,7 +367,7 @@ def main(argv=None):
     if args.checkpoint is None:
         images, labels = load_images(args.dataset, args.data_dir, args.image_size)
         images, labels = images.to(args.device), labels.to(args.device)
-        _, args.channels, args.image_size, _ = images.shape
+        args.channels = images.shape[1]
         args.num_classes = labels.max().item() + 1
     args.label = args.label or [*range(args.num_classes)]
     if min(args.label) < 0 or max(args.label) >= args.num_classes:

@@ -62,8 +62,8 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be a
 # step of q, from a to b. In pure noise, (a, b) is as likely as (b, a). We call this the swap:
-#     prior(a) S(b | a) = prior(b) S(a | b). Let r(b) be q(x_{t-1} = b) / prior(b). Then
-#     q(x_{t-1} = b | x_t = a) ~ q(x_{t-1} = b) S(a | b) ~ S(b | a) r(b), by Bayes and the swap.
+#     prior(a) S(b | a) = prior(b) S(a | b). Let r(b) = q(x_{t-1} = b) / prior(b). By Bayes' rule,
+#     q(x_{t-1} = b | x_t = a) ~ q(x_{t-1} = b) S(a | b) = r(b) prior(b) S(a | b) ~ r(b) S(b | a).
 # ~ drops factors without b. In pure noise r = 1: a step back is a step of q. For data, log r is
 # nearly a line over a small step. This moves the mean or log-odds of S, and z says by how much.
 class Gaussian(nn.Module):
@@ -146,8 +146,8 @@ def bound(model, x_0):
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
     i)  E log prior(x_t) = -H_prior (H is entropy) at every t: log prior is a line in x^2 (bits: x),
         whose mean is 1 (bits: m) in noise and in our data. A step of q mixes the two.
-    ii) In the last step, z = 0 (eq. 44), so p is a step of q. The swap (section 2) gives E log
-        p(x_0 | x_1) = E [log q(x_1 | x_0) + log prior(x_0) - log prior(x_1)]. By i, priors cancel.
+    ii) In the last step, z = 0 (eq. 44): p is a step of q. The swap is prior(x_1) p(x_0 | x_1) =
+        prior(x_0) q(x_1 | x_0). By i, priors cancel: E log p(x_0 | x_1) = E log q(x_1 | x_0).
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))

@@ -170,6 +170,7 @@ def test_load_images(tmp_path, mnist_dir):
     PICTURE.save(tmp_path / "b" / "colour.png")
     assert ddpm.load_images(tmp_path, "", 8)[0].shape == (4, 3, 8, 8)
     assert_close(ddpm.load_images("mnist", mnist_dir, 28), digits("train"))
+    assert ddpm.load_images("mnist", mnist_dir, 32)[0].shape[1:] == (1, 32, 32)
 
 
 @pytest.mark.parametrize(("first", "saves"), [(0, [8]), (10**6 - 4, [10**6, 10**6 + 4])])
@@ -306,8 +307,7 @@ def test_two_processes_are_one_with_both_halves(trained, tmp_path, monkeypatch):
     options = ["--dataset", trained / "images", "-e", 2, "--num_samples", 1]  # 3 steps
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *torchrun, ROOT / "ddpm_unet.py", *TINY, *options]
-    command += ["--output_dir", tmp_path / "two"]
-    subprocess.run([*map(str, command)], check=True)
+    subprocess.run([*map(str, command), "--output_dir", tmp_path / "two"], check=True)
     images, labels = ddpm.load_images(trained / "images", "", 8)
     loss_simple = ddpm.loss_simple
     seeds = iter(range(10**10, 10**10 + 6))
