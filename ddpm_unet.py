@@ -46,11 +46,11 @@ def load_images(dataset, data_dir, size):
     if dataset == "mnist":
         try:
             mnist = datasets.MNIST(data_dir, download=True)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
         return transforms.functional.resize(mnist.data[:, None], [size, size]), mnist.targets
-    classes = sorted(path.name for path in Path(dataset).iterdir() if path.is_dir()) or ["."]
-    numbers = {name: number for number, name in enumerate(classes)}  # "." is the folder itself
+    classes = sorted(p.name for p in Path(dataset).iterdir() if p.is_dir() and p.name[0] != ".")
+    numbers = {name: number for number, name in enumerate(classes or ["."])}  # ".": no subfolders
     files = datasets.folder.make_dataset(dataset, numbers, datasets.folder.IMG_EXTENSIONS)
     images = []
     for path, _ in tqdm(files, "reading"):  # pairs of path and class number
@@ -148,7 +148,7 @@ class UNet(nn.Module):
         for block in self.downs:
             h = block(h, temb)
             skips.append(h)
-            h = F.avg_pool2d(h, 2)  # half of H and W
+            h = F.avg_pool2d(h, 2, ceil_mode=True)  # half of H and W, rounded up
         h = self.middle_1(h, temb)
         pixels = F.group_norm(h, 8).flatten(2).mT  # (B, H W, C): each attends to all
         attended, _ = self.attention(pixels, pixels, pixels)
@@ -240,6 +240,7 @@ def train(net, ema, images, labels, options, path, state):
     start = state.get("step", 0)
     end = max(1, options["num_epochs"] * len(images) // options["train_batch_size"])
     B = max(1, options["train_batch_size"] // WORLD_SIZE)  # the share of this process
+    SIGNALS.clear()
     for number in (signal.SIGINT, signal.SIGTERM):  # they now wait for the end of a step
         signal.signal(number, lambda signum, frame: SIGNALS.append(signum))
     bar = tqdm(range(start, end), "training", end, initial=start, disable=RANK > 0)
@@ -256,7 +257,7 @@ def train(net, ema, images, labels, options, path, state):
         for average, weight in zip(ema.parameters(), net.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        stop = torch.tensor(len(SIGNALS), device="cpu")
+        stop = torch.tensor(len(SIGNALS))
         if WORLD_SIZE > 1:
             distributed.all_reduce(stop)  # adds up all processes: they stop after the same step
         if RANK == 0 and ((step + 1) % 200 == 0 or step + 1 == end or stop > 0):
@@ -326,8 +327,8 @@ def parse_options(argv):
     option("--sampling_steps", 50, "fewer are quicker, T at most")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")
-    source.add_argument("--resume", help="model.pt whose training goes on, in its folder")
-    flag("--output_dir", help="folder for all files [outputs/ddpm_unet_NAME]")
+    source.add_argument("--resume", help="model.pt whose training goes on")
+    flag("--output_dir", help="for all files [that of --resume, or outputs/ddpm_unet_NAME]")
     option("--data_dir", "data", "holds the 4 files of MNIST in MNIST/raw, or will")
     option("--seed", 0, "the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
@@ -336,7 +337,7 @@ def parse_options(argv):
     state = {}
     if path is not None:
         try:
-            state = torch.load(path, map_location=args.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             state = {name: state[name] for name in ("options", "step", "net", "ema", "optimizer")}
             parser.set_defaults(**state["options"])  # and channels and num_classes
         except Exception as error:
@@ -353,15 +354,14 @@ def main(argv=None):
     args, state = parse_options(argv)
     torch.set_default_device(args.device)  # of new tensors, but not of those from numpy
     if WORLD_SIZE > 1:
-        distributed.init_process_group()
         if args.device != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("gloo" if args.device == "cpu" else None)  # None: of the GPU
     torch.manual_seed(args.seed)
     name = Path(args.dataset).name + ("" if args.checkpoint is None else "_samples")
-    out = Path(args.output_dir or f"outputs/ddpm_unet_{name}")
-    if args.resume is not None:
-        out = Path(args.resume).parent
-    elif (out / "model.pt").exists():
+    folder = f"outputs/ddpm_unet_{name}" if args.resume is None else Path(args.resume).parent
+    out = Path(args.output_dir or folder)
+    if (out / "model.pt").exists() and out / "model.pt" != Path(args.resume or ""):
         sys.exit(f"ddpm_unet.py: error: {out} holds a model: --resume it, or change --output_dir")
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads, files in {out}")
     if args.checkpoint is None:
@@ -392,7 +392,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
+        main([] if "kernel_launcher" in sys.argv[0] else None)  # a notebook has no options
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:

@@ -51,7 +51,7 @@ def load_data(dataset, data_dir):
 
         try:
             x = torch.cat([MNIST(data_dir, train, download=True).data for train in (True, False)])
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise SystemExit(f"dpm_2015.py: error: {data_dir}: {error!r:.99}") from error
         x = x.flatten(1) + torch.rand(len(x), 784, device="cpu")  # for a density: 7 becomes 7..8
     shift, scale = x.mean().item(), x.std().item()
@@ -299,6 +299,7 @@ def evaluate(model, test_rows, num_samples, out):
 # %% 8. Command line, and main, which puts everything together
 MODEL = ["dataset", "num_timesteps", "hidden_size"]
 TRAINING = ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
+THREADS = torch.get_num_threads()
 ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # options are above this, or above 0
 
 
@@ -320,8 +321,8 @@ def parse_options(argv):
     option("--num_samples --eval_batch_size", 1000, "samples to draw")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")
-    source.add_argument("--resume", help="model.pt whose training goes on, in its folder")
-    flag("--output_dir", help="folder for all files [outputs/dpm_2015_NAME]")
+    source.add_argument("--resume", help="model.pt whose training goes on")
+    flag("--output_dir", help="for all files [that of --resume, or outputs/dpm_2015_NAME]")
     option("--data_dir", "data", "holds the 4 files of MNIST in MNIST/raw, or will")
     option("--seed", 0, "the same seed and number of threads: same samples")
     flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
@@ -335,14 +336,14 @@ def parse_options(argv):
     state = {}
     if path is not None:
         try:
-            state = torch.load(path, map_location=args.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             state = {name: state[name] for name in ("options", "step", "model", "optimizer")}
         except Exception as error:
             raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
         parser.set_defaults(**state["options"])
     args = parser.parse_args(argv)  # again: your options win over model.pt, it over defaults
-    if state:  # except for what makes the model: its weights fit no other
-        vars(args).update({name: state["options"][name] for name in MODEL})
+    if state and any(getattr(args, name) != state["options"][name] for name in MODEL):
+        parser.error(f"{path} has other {', '.join(MODEL)}")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not value > ABOVE.get(name, 0):
             parser.error(f"--{name} {value}: must be above {ABOVE.get(name, 0)}")
@@ -354,14 +355,13 @@ def main(argv=None):
     args, state = parse_options(argv)
     Distribution.set_default_validate_args(False)  # this is faster, and train watches K
     digits = args.dataset == "mnist"
-    torch.set_num_threads(torch.get_num_threads() if digits else 1)  # small networks need no more
+    torch.set_num_threads(THREADS if digits else 1)  # small networks need no more
     print(f"device: {args.device}, {torch.get_num_threads()} CPU threads")
     torch.set_default_device(None if args.device == "cpu" else args.device)  # None: CPU, but faster
     name = args.dataset + ("" if args.checkpoint is None else "_samples")
-    out = Path(args.output_dir or f"outputs/dpm_2015_{name}")
-    if args.resume is not None:
-        out = Path(args.resume).parent
-    elif (out / "model.pt").exists():
+    folder = f"outputs/dpm_2015_{name}" if args.resume is None else Path(args.resume).parent
+    out = Path(args.output_dir or folder)
+    if (out / "model.pt").exists() and out / "model.pt" != Path(args.resume or ""):
         sys.exit(f"dpm_2015.py: error: {out} holds a model: --resume it, or change --output_dir")
     out.mkdir(parents=True, exist_ok=True)
     rows, test_rows, shift, scale = load_data(args.dataset, args.data_dir)
@@ -392,7 +392,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
+        main([] if "kernel_launcher" in sys.argv[0] else None)  # a notebook has no options
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:

@@ -261,14 +261,14 @@ def load_data(name, data_dir):
             from torchvision.datasets import MNIST
 
             return MNIST(data_dir, download=True).data.flatten(1)
-        points = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
-        points = torch.tensor(np.float32(points))
+        x = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
+        x = torch.tensor(np.float32(x))
     except Exception as error:
         hint = "see --help. For mnist: {train,t10k}-{images-idx3,labels-idx1}-ubyte in MNIST/raw"
         raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; {hint}") from error
-    if points.shape[1:] != (2,) or len(points) < 100 or not 0 < points.std(0).max() < 1e30:
-        sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 finite numbers")
-    return points.repeat(1 + 7999 // len(points), 1)  # so an epoch has at least 8000 examples
+    if x.shape[1:] != (2,) or len(x) < 100 or not x.abs().max() / 1e4 < x.std(0).max() < 1e30:
+        sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 numbers near 0")
+    return x.repeat(1 + 7999 // len(x), 1)  # so an epoch has at least 8000 examples
 
 
 def new_config(args):
@@ -392,7 +392,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main([] if "ipykernel" in sys.modules else None)  # a notebook has no options
+        main([] if "kernel_launcher" in sys.argv[0] else None)  # a notebook has no options
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:

@@ -48,7 +48,8 @@ def exact_schedule(T):
 
 def content(folder):
     """Return the bytes of each file in a folder and below it, by name."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def gif_milliseconds(path):
@@ -62,8 +63,8 @@ def write_bad_checkpoints(folder, model, weights):
     """Copy model.pt into a folder, beside files to refuse. In evil.pt, its weights run code."""
     state = torch.load(model, weights_only=True)
     evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("pwned",))})()
-    contents = {"model": state, "other": {"step": 1}, "list": [1], "evil": {**state, weights: evil}}
-    for name, value in contents.items():
+    contents = {"model": state, "copy": state, "other": {"step": 1}, "list": [1]}
+    for name, value in {**contents, "evil": {**state, weights: evil}}.items():
         torch.save(value, folder / f"{name}.pt")
     (folder / "truncated.pt").write_bytes(model.read_bytes()[:9999])
     (folder / "empty.pt").write_text("")

@@ -344,8 +344,8 @@ def test_seeds_and_checkpoints(roll, tmp_path, monkeypatch):
     """A checkpoint gives the same samples, in another folder; another seed gives other ones."""
     monkeypatch.chdir(tmp_path)
     before = conftest.content(roll)
-    checkpoint = ["--checkpoint", roll / "model.pt", "--num_timesteps", 9]
-    run(*checkpoint)  # the model has 5 steps, and wins
+    checkpoint = ["--checkpoint", roll / "model.pt"]
+    run(*checkpoint)
     run(*checkpoint, "--seed", 1, "--output_dir", "other")
     same = conftest.content(tmp_path / "outputs/dpm_2015_swiss_roll_samples")
     other = conftest.content(tmp_path / "other")
@@ -408,7 +408,8 @@ BAD = [
     *((option, f"{option}: must be above ") for option in [*NUMBERS, "--seed -1"]),
     *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in conftest.BAD_CHECKPOINTS),
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
-    ("--output_dir .", "holds a model"),
+    *((options, "holds a model") for options in ["--output_dir .", "--resume copy.pt"]),
+    ("--checkpoint model.pt --hidden_size 9", "model.pt has other dataset, num_timesteps, hidden"),
     ("--resume model.pt --num_training_steps 9 --learning_rate 1e30", "K is not finite: lower"),
     ("--output_dir file", "file"),
     ("--dataset mnist", "Error downloading"),

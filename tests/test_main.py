@@ -306,7 +306,6 @@ def test_as_a_notebook(tmp_path, monkeypatch):
     for old, new in [(" 240,", " 1,"), (" 200,", " 8,"), ("default=device", "default='cpu'")]:
         source = source.replace(old, new)  # a small run
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     scope = {"__name__": "__main__"}
     for cell in re.split("\n(?=# %%)", source):
@@ -320,6 +319,7 @@ BAD_FILES = {
     "few.csv": "1,2\n" + "2,1\n" * 98,
     "same.csv": "1,2\n" * 100,
     "nan.csv": "1,2\n" * 100 + "nan,1\n",
+    "far.csv": "5e6,1\n5e6,2\n" * 50,
 }
 BAD = [f"--dataset {name}" for name in [*BAD_FILES, "mnist", "missing.npy"]]
 BAD += [f"--checkpoint {name}.pt" for name in BAD_CHECKPOINTS]
