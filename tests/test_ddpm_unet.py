@@ -332,11 +332,9 @@ def test_two_processes_are_one_with_both_halves(trained, tmp_path, monkeypatch):
 BAD = [
     *((f"--{flag} 0", f"--{flag}") for flag in ["image_size", "num_epochs", "learning_rate"]),
     *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in BAD_CHECKPOINTS),
-    ("--resume text.pt", "cannot use text.pt: "),
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
     ("--checkpoint model.pt --base_channels 16", "other channels"),
     ("--label 0 3", "--label: choose from 0 to 2"),  # before training
-    ("--sampler many", "--sampler"),
     *((options, "holds a model") for options in ["--output_dir .", "--resume copy.pt"]),
     ("--output_dir file/out", "file"),
     ("--dataset missing", "missing"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import conftest
+import figures
 import numpy as np
 import pytest
 import torch
@@ -120,6 +121,9 @@ def test_samples_of_the_best_network_are_the_data(predict):
     *_, (_, x) = main.p_sample_loop(network, main.make_schedule(200), (2000, 2), predict, 1.5)
     distances, nearest = torch.cdist(x, CENTRES).min(dim=1)
     assert distances.max() < 0.01
+    exact = figures.exact_eps(main.make_schedule(200), CENTRES)
+    expected = best_network(200, CENTRES, "eps")(x, torch.full((2000,), 50))
+    assert_close(exact(x, torch.full((2000,), 50)), expected, rtol=1e-3, atol=1e-3)
     assert (nearest.bincount() - 400).abs().max() < 90
 
 

@@ -56,13 +56,19 @@ def test_command(script, words, monkeypatch):
     parse(words)
 
 
+def bare(source):
+    """Return code without docstrings, comments on lines of their own, yields and indentation."""
+    lines = re.sub('""".+?"""', "", source, flags=re.DOTALL).splitlines()
+    return [line.strip() for line in lines if not re.match(r"\s*(#|yield|$)", line)]
+
+
 def test_algorithm_is_that_of_main():
-    """What it quotes from main.py is there."""
+    """What it quotes from main.py is there, line after line."""
     section = README.split("\n## The whole algorithm\n")[1].split("\n## ")[0]
-    code = "".join(code for kind, code in FENCE.findall(section) if kind == "python")
-    shown = {line.strip() for line in code.splitlines()}
-    assert shown - {line.strip() for line in SOURCES["main.py"].splitlines()} == set()
-    assert len(shown) > 40
+    quotes = "\n\n\n".join(code for kind, code in FENCE.findall(section) if kind == "python")
+    for quote in quotes.split("\n\n\n"):
+        assert "\n".join(bare(quote)) in "\n".join(bare(SOURCES["main.py"]))
+    assert len(bare(quotes)) > 40
 
 
 def test_plain_program_does_what_main_does(tmp_path, monkeypatch):
