@@ -293,7 +293,7 @@ def sample(net, args, out):
         images.append(x_t)  # the last x_t is finished
     images = torch.cat(images)
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
-    imageio.imwrite(out / "samples.png", tile(images[:100], 10))
+    imageio.imwrite(out / "samples.png", tile(F.interpolate(images[:100], scale_factor=2), 10))
     pixels = ((images + 1) * 127.5).round().byte().cpu()  # finished images are within -1..1
     np.save(out / "samples.npy", pixels.permute(0, 2, 3, 1).squeeze(3))
 
@@ -331,7 +331,7 @@ def parse_options(argv):
     flag("--output_dir", help="for all files [that of --resume, or outputs/ddpm_unet_NAME]")
     option("--data_dir", "data", "holds the 4 files of MNIST in MNIST/raw, or will")
     option("--seed", 0, "the same seed and number of threads: same samples")
-    flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
+    flag("--device", choices={device, "cpu"}, default=device, help="where to compute")
     args = parser.parse_args(argv)  # first, only to find the checkpoint
     path = args.resume if args.checkpoint is None else args.checkpoint
     state = {}

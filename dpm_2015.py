@@ -61,11 +61,11 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion
 # q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be a
-# step of q, from a to b. In pure noise, (a, b) is as likely as (b, a). We call this the swap:
-#     prior(a) S(b | a) = prior(b) S(a | b). Let r(b) = q(x_{t-1} = b) / prior(b). By Bayes' rule,
-#     q(x_{t-1} = b | x_t = a) ~ q(x_{t-1} = b) S(a | b) = r(b) prior(b) S(a | b) ~ r(b) S(b | a).
-# ~ drops factors without b. In pure noise r = 1: a step back is a step of q. For data, log r is
-# nearly a line over a small step. This moves the mean or log-odds of S, and z says by how much.
+# step of q, from a to b. A film of pure noise looks the same when it is run backwards:
+#     prior(a) S(b | a) = prior(b) S(a | b). We call this the swap.
+# So in pure noise, a step back is one more step of q. Data are not pure noise: p is one more step
+# of q, corrected by the network, whose z moves the mean, or the log-odds. If steps are small, this
+# is nearly all that it takes (README, part 2: a moved bell curve). z = 0 leaves the step as it is.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -144,8 +144,8 @@ def bound(model, x_0):
     All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    i)  E log prior(x_t) = -H_prior (H is entropy) at every t: log prior is a line in x^2 (bits: x),
-        whose mean is 1 (bits: m) in noise and in our data. A step of q mixes the two.
+    i)  E log prior(x_t) = -H_prior (H: entropy) at every t: log prior is c + d x^2 (bits: c + d x),
+        and the mean of x^2 is 1 (bits: of x is m) in noise, in our data, and in mixtures of both.
     ii) In the last step, z = 0 (eq. 44): p is a step of q. The swap is prior(x_1) p(x_0 | x_1) =
         prior(x_0) q(x_1 | x_0). By i, priors cancel: E log p(x_0 | x_1) = E log q(x_1 | x_0).
     """
@@ -325,7 +325,7 @@ def parse_options(argv):
     flag("--output_dir", help="for all files [that of --resume, or outputs/dpm_2015_NAME]")
     option("--data_dir", "data", "holds the 4 files of MNIST in MNIST/raw, or will")
     option("--seed", 0, "the same seed and number of threads: same samples")
-    flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
+    flag("--device", choices={device, "cpu"}, default=device, help="where to compute")
     args = parser.parse_args(argv)  # first, to find out the data set and the checkpoint
     if args.dataset in BITS:
         parser.set_defaults(num_timesteps=2000, num_training_steps=8000)

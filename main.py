@@ -1,12 +1,11 @@
 """DDPM with an MLP: Denoising Diffusion Probabilistic Models (arXiv 2006.11239), in one file.
 
 Small steps t = 1..T turn data x_0 into noise x_T. A network learns the way back: to new data.
+One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. B is the batch size.
 
     python main.py                          a heart, in half a minute on two cores
     python main.py --dataset points.csv     your own points: two numbers on each line
     python main.py --dataset mnist          handwritten digits, in a quarter of an hour
-
-One x_0 is a point (D = 2 numbers) or a digit (D = 784), never the whole heart. B is the batch size.
 """
 
 import json
@@ -28,14 +27,16 @@ from tqdm import tqdm
 def heart():
     """Return 8000 points (8000, 2) on a heart-shaped curve."""
     u = torch.linspace(0, 2 * torch.pi, 8000)
+    x = 16 * u.sin() ** 3
     y = 13 * u.cos() - 5 * (2 * u).cos() - 2 * (3 * u).cos() - (4 * u).cos()
-    return torch.stack((16 * u.sin() ** 3, y), dim=1) / 5
+    return torch.stack((x, y), dim=1) / 5
 
 
 def swiss_roll():
     """Return 8000 points (8000, 2) along a spiral, plus noise of standard deviation 0.01."""
     u = torch.linspace(1.5 * torch.pi, 4.5 * torch.pi, 8000)
-    return torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10 + 0.01 * torch.randn(8000, 2)
+    curve = torch.stack((u * u.cos(), u * u.sin()), dim=1) / 10
+    return curve + 0.01 * torch.randn(8000, 2)
 
 
 DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data knows more
@@ -114,7 +115,6 @@ def loss_simple(model, schedule, x_0, predict):
     x_t = q_sample(schedule, x_0, t, eps)
     output = model(x_t, t)
     target = {"eps": eps, "x_0": x_0}[predict]
-    # Least squares: the best output is the mean of all targets that fit x_t; likely ones count more
     return F.mse_loss(output, target)  # line 5; with eps, eq. 12 without its weights
 
 
@@ -137,7 +137,7 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    1. Ideally, x_0_hat is the mean of all x_0 that fit x_t: a blur, so we go only one small step.
+    1. By least squares, x_0_hat is the mean of the x_0 that fit x_t: a blur, so steps are small.
     2. q_posterior's mean is a * x_0 + b. Averaged over these x_0, that is a * x_0_hat + b: exact.
     3. The true x_{t-1} vary a bit more, and are only nearly a bell curve: fine in small steps.
     """
@@ -166,9 +166,9 @@ def train(model, schedule, x_0, config, path):
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # the learning rate is set below
     losses = []
     frames = []
-    bar = tqdm(range(config.num_epochs), "training")
+    bar = tqdm(total=config.num_epochs * len(x_0), desc="training")  # counts examples
     try:
-        for epoch in bar:
+        for epoch in range(config.num_epochs):
             if epoch in (0, 3, 10, 30, 100):
                 frames.append(snapshot(f"after {epoch} epochs", model, schedule, config))
             rate = min((epoch + 1) / 5, 1 - epoch / config.num_epochs)  # rises, then falls
@@ -179,6 +179,7 @@ def train(model, schedule, x_0, config, path):
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
+                bar.update(len(indices))
             losses.append(loss.item())
             bar.set_postfix(loss=f"{loss:.4f}")
             if not loss.isfinite():
@@ -204,13 +205,13 @@ def draw_digits(axes, x):
     """Draw the first 25 of the digits x (N, 784), side by side."""
     from torchvision.utils import make_grid  # here, as it takes 2 s
 
-    grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), nrow=5)[0]
+    grid = make_grid(x[:25].view(-1, 1, 28, 28).cpu(), 5)[0]
     axes.imshow(grid.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
 
 
 def draw(title, x, colour, data):
     """Return a picture (H, W, 3), uint8, of x: points over the data, or digits."""
-    canvas = FigureCanvasAgg(Figure(figsize=(3.6, 4), dpi=100))
+    canvas = FigureCanvasAgg(Figure(figsize=(3.6, 4)))
     axes = canvas.figure.add_axes((0, 0, 1, 0.9), frame_on=False, xticks=(), yticks=())
     axes.set_title(title, fontsize=16)  # in the upper tenth
     if x.shape[1] == 2:
@@ -264,8 +265,7 @@ def load_data(name, data_dir):
         x = np.load(name) if name.endswith(".npy") else np.loadtxt(name, delimiter=",")
         x = torch.tensor(np.float32(x))
     except Exception as error:
-        hint = "see --help. For mnist: {train,t10k}-{images-idx3,labels-idx1}-ubyte in MNIST/raw"
-        raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; {hint}") from error
+        raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; see --help") from error
     if x.shape[1:] != (2,) or len(x) < 100 or not x.abs().max() / 1e4 < x.std(0).max() < 1e30:
         sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 numbers near 0")
     return x.repeat(1 + 7999 // len(x), 1)  # so an epoch has at least 8000 examples
@@ -330,9 +330,9 @@ def parse_options(argv):
     option("--show_image_step", 8, "diffusion steps between two frames")
     flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")
     flag("--output_dir", help="folder for all files [outputs/NAME]")
-    option("--data_dir", "data", "folder that holds MNIST/raw, or will")
+    option("--data_dir", "data", "holds the 4 files of MNIST in MNIST/raw, or will")
     option("--seed", 0, "the same seed and number of threads give the same samples")
-    flag("--device", choices=[device, "cpu"], default=device, help="where to compute")
+    flag("--device", choices={device, "cpu"}, default=device, help="where to compute")
     args = parser.parse_args(argv)
     if args.dataset == "mnist":  # an MLP guesses a digit x_0 more easily than noise
         parser.set_defaults(predict="x_0", hidden_size=768, hidden_layers=4, show_image_step=20)

@@ -244,7 +244,7 @@ def test_files_of_a_run(trained):
     assert json.loads((out / "run.json").read_text())["options"]["num_classes"] == 3
     samples = np.load(out / "samples.npy")
     picture = np.array(Image.open(out / "samples.png"))
-    assert_allclose(picture[32:40, 72:80], samples[37])  # 8 x 8 pixels, then 2 black ones
+    assert_allclose(picture[56:72:2, 128:144:2], samples[37])  # 16 x 16 pixels, then 2 black ones
     assert sum(conftest.gif_milliseconds(out / "process.gif")) == 100 * (21 + 30)  # it stays
     with Image.open(out / "process.gif") as gif:
         gif.seek(gif.n_frames - 1)
