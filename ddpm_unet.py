@@ -68,7 +68,7 @@ def load_images(dataset, data_dir, size):
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). So t steps multiply
-    # x_0 by sqrt(alpha_bar) and add noise of variance 1 - alpha_bar: so variance 1 would stay 1.
+    # x_0 by sqrt(alpha_bar). As each keeps variance 1, they add noise of variance 1 - alpha_bar.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
@@ -161,10 +161,10 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss (more in the README, parts 3 and 4)
-# Eq. 4 with a guess eps_hat for eps, solved for x_0, gives a guess x_0_hat. A step back will be
-# q_posterior with x_0_hat for x_0: as wide as the true one, so the KL divergence of the two is a
-# factor times (x_0 - x_0_hat)**2, and by eq. 4, times (eps - eps_hat)**2 (eq. 12). As in a VAE,
-# these KLs for t = 2..T, plus a term at each end, are at least -log p(x_0), on average (eq. 5).
+# The model's step p(x_{t-1} | x_t) is q_posterior with x_0_hat for x_0: q_sample solved for x_0,
+# with a guess eps_hat for eps. As in a VAE, -log p(x_0) is at most a sum of KLs, on average: of
+# q_posterior and this step, for t = 2..T, plus a term at each end (eq. 5). Both are equally wide,
+# so a KL is a factor times (x_0 - x_0_hat)**2, or another times (eps - eps_hat)**2 (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 without the factor, for all t."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -179,8 +179,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will a guess x_0_hat do?
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
 # 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
-# 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. The mean of q_posterior is linear in x_0,
-#    so x_0_hat gives the right one. The variance is a bit too small, as x_0 was taken for known.
+# 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. The mean is linear in x_0, so x_0_hat
+#    gives the right mean. If the step is small, it is nearly a bell curve, just a bit wider.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -209,8 +209,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # The loss uses eq. 4, never eq. 2. So net fits any chain that obeys eq. 4. The simplest has one
-    # eps for all t: x_{t-1} is eq. 4 with the x_0 and eps of x_t. Both are guessed anew each step.
+    # Training used only q_sample, no single steps, so net fits any chain with such x_t. Simplest is:
+    # x_{t-1} has the same x_0 and eps as x_t. Both are guessed anew each step. Only x_T is random.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

@@ -63,9 +63,9 @@ def load_data(dataset, data_dir):
 # q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be a
 # step of q, from a to b. A film of pure noise looks the same when it is run backwards:
 #     prior(a) S(b | a) = prior(b) S(a | b). We call this the swap.
-# So in pure noise, a step back is one more step of q. Data are not pure noise: p is one more step
-# of q, corrected by the network, whose z moves the mean, or the log-odds. If steps are small, this
-# is nearly all that it takes (README, part 2: a moved bell curve). z = 0 leaves the step as it is.
+# Write q(x_{t-1} = a) = prior(a) r(a). By Bayes' rule and the swap, the true step back from b is
+# S(a | b) r(a), times a constant. In pure noise, r = 1: one more step of q. For data, log r is
+# nearly straight over a small step: it moves only the mean, or log-odds. In p, z does so.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -146,8 +146,8 @@ def bound(model, x_0):
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
     i)  E log prior(x_t) = -H_prior (H: entropy) at every t: log prior is c + d x^2 (bits: c + d x),
         and the mean of x^2 is 1 (bits: of x is m) in noise, in our data, and in mixtures of both.
-    ii) In the last step, z = 0 (eq. 44): p is a step of q. The swap is prior(x_1) p(x_0 | x_1) =
-        prior(x_0) q(x_1 | x_0). By i, priors cancel: E log p(x_0 | x_1) = E log q(x_1 | x_0).
+    ii) In the last step, z = 0 (eq. 44), so p is a step of q. By the swap, log p(x_0 | x_1) =
+        log q(x_1 | x_0) + log prior(x_0) - log prior(x_1). By i, the last two cancel in the mean.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
@@ -293,7 +293,7 @@ def evaluate(model, test_rows, num_samples, out):
     K = torch.cat([bound(model, test_rows[batch])[0] for batch in tqdm(batches, "bound")])
     L_null = model.process.prior.log_prob(test_rows).sum(dim=1).mean().item() / math.log(2)
     figures = {"K": K.mean().item(), "standard error of K": K.std().item() / len(K) ** 0.5}
-    return x, y, figures | {"L_null": L_null, "K - L_null": figures["K"] - L_null}  # 0 if z = 0
+    return x, y, figures | {"L_null": L_null, "K - L_null": figures["K"] - L_null}  # the gain
 
 
 # %% 8. Command line, and main, which puts everything together
