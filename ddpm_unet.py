@@ -209,7 +209,7 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training used only q_sample, no single steps, so net fits any chain with such x_t. Simplest is:
+    # Training used only q_sample, no single steps, so net fits any chain with such x_t. Simplest:
     # x_{t-1} has the same x_0 and eps as x_t. Both are guessed anew each step. Only x_T is random.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
