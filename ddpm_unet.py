@@ -161,12 +161,12 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss (more in the README, parts 3 and 4)
-# The model's step p(x_{t-1} | x_t) is q_posterior with x_0_hat for x_0: q_sample solved for x_0,
-# with a guess eps_hat for eps. As in a VAE, -log p(x_0) is at most a sum of KLs, on average: of
-# q_posterior and this step, for t = 2..T, plus a term at each end (eq. 5). Both are equally wide,
-# so a KL is a factor times (x_0 - x_0_hat)**2, or another times (eps - eps_hat)**2 (eq. 12).
+# With a guess eps_hat for eps, q_sample solved for x_0 gives a guess x_0_hat. In q_posterior, this
+# is the model's step p(x_{t-1} | x_t). As in a VAE, -log p(x_0) is on average at most a sum: for
+# each t = 2..T, the KL from q_posterior to this step, and a term at each end (eq. 5). Both are as
+# wide, so a KL is a factor times (x_0 - x_0_hat)**2, or another times (eps - eps_hat)**2 (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
-    """Return the loss of Algorithm 1: L_simple (eq. 14), eq. 12 without the factor, for all t."""
+    """Return the loss of Algorithm 1: L_simple (eq. 14), which is eq. 12 without its factor."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
@@ -180,7 +180,7 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
 # 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
 # 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. The mean is linear in x_0, so x_0_hat
-#    gives the right mean. If the step is small, it is nearly a bell curve, just a bit wider.
+#    gives the right mean. In small steps, this average is nearly a bell curve, too, but wider.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""

@@ -60,7 +60,7 @@ def make_schedule(T):
     signal**2 is alpha_bar, the product of 1 - beta. If x_0 has variance 1, each step keeps it, as
     1 - beta + beta = 1. Of this 1, alpha_bar comes from x_0, and 1 - alpha_bar from the noise.
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is tiny
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = np.float32([betas, np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)])
@@ -130,16 +130,16 @@ def q_posterior(schedule, x_0, x_t, t):
     variance_t = beta / (1 - beta)  # the division enlarges the noise, too
     weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
     mean = weight * mean_0 + (1 - weight) * mean_t
-    variance = weight * variance_0  # beta_tilde. The paper also tries beta: much larger at small t
+    variance = weight * variance_0  # beta_tilde. The paper also tries beta: larger at small t
     return mean, variance**0.5
 
 
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    1. By least squares, x_0_hat is the mean of the x_0 that fit x_t: a blur, so steps are small.
-    2. q_posterior's mean is a * x_0 + b. Averaged over these x_0, that is a * x_0_hat + b: exact.
-    3. The true x_{t-1} vary a bit more, and are only nearly a bell curve: fine in small steps.
+    The true x_{t-1} come from the q_posterior of any x_0 that fits x_t. By least squares, x_0_hat
+    is the mean of these x_0. As q_posterior's mean is a * x_0 + b, ours has the right mean. Lost is
+    how much a * x_0 varies: little, as a is small, but for the last steps, where x_0 is clear.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, also for means
