@@ -63,9 +63,9 @@ def load_data(dataset, data_dir):
 # q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be a
 # step of q, from a to b. A film of pure noise looks the same when it is run backwards:
 #     prior(a) S(b | a) = prior(b) S(a | b). We call this the swap.
-# Write q(x_{t-1} = a) = prior(a) r(a). By Bayes' rule and the swap, the true step back from b is
-# S(a | b) r(a), times a constant. In pure noise, r = 1: one more step of q. For data, log r is
-# nearly straight over a small step: it moves only the mean, or log-odds. In p, z does so.
+# Write q(x_{t-1} = a) = prior(a) r(a). The true step back from b is, up to factors without a,
+# S(b | a) prior(a) r(a) = S(a | b) r(a): if r = 1, one more step of q. For data, log r is nearly
+# straight over a small step. exp(straight) only moves a bell curve, or log-odds. z is this move.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -146,8 +146,8 @@ def bound(model, x_0):
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
     i)  E log prior(x_t) = -H_prior (H: entropy) at every t: log prior is c + d x^2 (bits: c + d x),
         and the mean of x^2 is 1 (bits: of x is m) in noise, in our data, and in mixtures of both.
-    ii) In the last step, z = 0 (eq. 44), so p is a step of q. By the swap, log p(x_0 | x_1) =
-        log q(x_1 | x_0) + log prior(x_0) - log prior(x_1). By i, the last two cancel in the mean.
+    ii) p(x_0 | x_1) has z = 0 (eq. 44): a step of q. So by the swap (a = x_0, b = x_1), it is
+        q(x_1 | x_0) prior(x_0) / prior(x_1). In E log, the two priors cancel, by i.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
@@ -379,7 +379,7 @@ def main(argv=None):
         try:
             train(model, rows, options, out / "model.pt", state)
         except KeyboardInterrupt:
-            print("Training ends early. Next come the samples. --resume goes on from the last save")
+            print("Training ends early. Samples follow. --resume goes on from the last save, if any")
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())
