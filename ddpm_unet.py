@@ -68,7 +68,7 @@ def load_images(dataset, data_dir, size):
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). So t steps multiply
-    # x_0 by sqrt(alpha_bar). As each keeps variance 1, they add noise of variance 1 - alpha_bar.
+    # x_0 by sqrt(alpha_bar). As each would keep variance 1, their noise has 1 - alpha_bar.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
@@ -161,10 +161,10 @@ class UNet(nn.Module):
 
 
 # %% 4. Loss (more in the README, parts 3 and 4)
-# With a guess eps_hat for eps, q_sample solved for x_0 gives a guess x_0_hat. In q_posterior, this
-# is the model's step p(x_{t-1} | x_t). As in a VAE, -log p(x_0) is on average at most a sum: for
-# each t = 2..T, the KL from q_posterior to this step, and a term at each end (eq. 5). Both are as
-# wide, so a KL is a factor times (x_0 - x_0_hat)**2, or another times (eps - eps_hat)**2 (eq. 12).
+# q_sample solved for x_0, with a guess eps_hat for eps, gives x_0_hat. q_posterior with x_0_hat is
+# the model's step back, p(x_{t-1} | x_t). As in a VAE, a sum bounds -log p(x_0), on average:
+# KL(q_posterior || p) for t = 2..T, and a term at each end (eq. 5). p is as wide as q_posterior,
+# so the KL is a factor times (x_0 - x_0_hat)**2, or another times (eps - eps_hat)**2 (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), which is eq. 12 without its factor."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -209,8 +209,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training used only q_sample, no single steps, so net fits any chain with such x_t. Simplest:
-    # x_{t-1} has the same x_0 and eps as x_t. Both are guessed anew each step. Only x_T is random.
+    # Training saw single x_t from q_sample, never two in a row, so net fits any chain whose x_t are
+    # like those. The simplest keeps x_0 and eps (guessed anew each step), so only x_T is random.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

@@ -379,7 +379,7 @@ def main(argv=None):
         try:
             train(model, rows, options, out / "model.pt", state)
         except KeyboardInterrupt:
-            print("Training ends early. Samples follow. --resume goes on from the last save, if any")
+            print("Training ends early. Samples follow. --resume goes on from model.pt, if saved")
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())
