@@ -317,7 +317,7 @@ def parse_options(argv):
     option("--hidden_size", 64, "width of the network")
     option("--train_batch_size", 1000, "examples in a training step")
     option("--num_training_steps", 7000, "training steps")
-    option("--learning_rate", 1e-2, "of Adam, its highest value")
+    option("--learning_rate", 1e-2, "of Adam: it rises to this, then falls")
     option("--num_samples --eval_batch_size", 1000, "samples to draw")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", "--eval_path", help="model.pt to draw samples from")

@@ -57,8 +57,8 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    signal**2 is alpha_bar, the product of 1 - beta. If x_0 has variance 1, each step keeps it, as
-    1 - beta + beta = 1. Of this 1, alpha_bar comes from x_0, and 1 - alpha_bar from the noise.
+    Each step scales x_0 by sqrt(1 - beta): all t steps by signal; signal**2 is called alpha_bar.
+    A step keeps variance 1, as 1 - beta + beta = 1. So noise has what x_0 leaves: 1 - alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
@@ -137,9 +137,9 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    The true x_{t-1} come from the q_posterior of any x_0 that fits x_t. By least squares, x_0_hat
-    is the mean of these x_0. As q_posterior's mean is a * x_0 + b, ours has the right mean. Lost is
-    how much a * x_0 varies: little, as a is small, but for the last steps, where x_0 is clear.
+    Many x_0 fit x_t. A true x_{t-1} comes from the q_posterior of one of them, drawn at random.
+    Least squares makes x_0_hat their mean. As q_posterior's mean is a * x_0 + b, ours is right.
+    Its lost spread is small: at large t, a is small; at small t, these x_0 hardly differ.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, also for means
@@ -267,7 +267,7 @@ def load_data(name, data_dir):
     except Exception as error:
         raise SystemExit(f"main.py: error: --dataset {name}: {error!r:.99}; see --help") from error
     if x.shape[1:] != (2,) or len(x) < 100 or not x.abs().max() / 1e4 < x.std(0).max() < 1e30:
-        sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 numbers near 0")
+        sys.exit(f"main.py: error: --dataset {name}: need 100 or more rows of 2 numbers that vary")
     return x.repeat(1 + 7999 // len(x), 1)  # so an epoch has at least 8000 examples
 
 
@@ -325,7 +325,7 @@ def parse_options(argv):
     option("--hidden_layers", 2, "residual blocks")
     option("--train_batch_size", 1000, "examples in a training step")
     option("--num_epochs", 240, "passes over the data")
-    option("--learning_rate", 1e-2, "its highest value")
+    option("--learning_rate", 1e-2, "it rises to this, then falls")
     option("--num_samples --eval_batch_size", 2000, "samples to draw")
     option("--show_image_step", 8, "diffusion steps between two frames")
     flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")
