@@ -163,8 +163,8 @@ class UNet(nn.Module):
 # %% 4. Loss (more in the README, parts 3 and 4)
 # q_sample solved for x_0, with a guess eps_hat for eps, gives x_0_hat. q_posterior with x_0_hat is
 # the model's step back, p(x_{t-1} | x_t). As in a VAE, a sum bounds -log p(x_0), on average:
-# KL(q_posterior || p) for t = 2..T, and a term at each end (eq. 5). p is as wide as q_posterior,
-# so the KL is a factor times (x_0 - x_0_hat)**2, or another times (eps - eps_hat)**2 (eq. 12).
+# KL(q_posterior || p) for t = 2..T, and a term at each end (eq. 5). Only the means differ, so a KL
+# is a factor times (x_0 - x_0_hat)**2 or, as x_t is the same, times (eps - eps_hat)**2 (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), which is eq. 12 without its factor."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -179,8 +179,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will a guess x_0_hat do?
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
 # 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
-# 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. The mean is linear in x_0, so x_0_hat
-#    gives the right mean. In small steps, this average is nearly a bell curve, too, but wider.
+# 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. Its mean is linear in x_0, so x_0_hat
+#    gives the right mean. In small steps, the average is nearly a bell curve, a bit wider: ignored.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
