@@ -63,9 +63,9 @@ def load_data(dataset, data_dir):
 # q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be a
 # step of q, from a to b. A film of pure noise looks the same when it is run backwards:
 #     prior(a) S(b | a) = prior(b) S(a | b). We call this the swap.
-# Write q(x_{t-1} = a) = prior(a) r(a). The true step back from b is, up to factors without a,
-# S(b | a) prior(a) r(a) = S(a | b) r(a): if r = 1, one more step of q. For data, log r is nearly
-# straight over a small step. exp(straight) only moves a bell curve, or log-odds. z is this move.
+# Write q(x_{t-1} = a) = prior(a) r(a). By Bayes' rule, the true step back from b is proportional to
+# S(b | a) prior(a) r(a) = prior(b) S(a | b) r(a). In noise, r = 1: it is S(a | b), a step of q.
+# For data, log r(a) is about c + d a near b, and exp(d a) moves S(a | b)'s mean or log-odds: by z.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -146,8 +146,8 @@ def bound(model, x_0):
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
     i)  E log prior(x_t) = -H_prior (H: entropy) at every t: log prior is c + d x^2 (bits: c + d x),
         and the mean of x^2 is 1 (bits: of x is m) in noise, in our data, and in mixtures of both.
-    ii) p(x_0 | x_1) has z = 0 (eq. 44): a step of q. So by the swap (a = x_0, b = x_1), it is
-        q(x_1 | x_0) prior(x_0) / prior(x_1). In E log, the two priors cancel, by i.
+    ii) p(x_0 | x_1) is a step of q (z = 0, eq. 44). By the swap (section 2), times prior(x_1) it is
+        prior(x_0) q(x_1 | x_0). In E log, the priors cancel, by i. E log q(x_1 | x_0) is left.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
