@@ -67,8 +67,8 @@ def load_images(dataset, data_dir, size):
 # %% 2. Noise schedule and forward process
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
-    # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2). So t steps multiply
-    # x_0 by sqrt(alpha_bar). As each would keep variance 1, their noise has 1 - alpha_bar.
+    # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2): variance 1 stays 1.
+    # So t steps scale x_0 by sqrt(alpha_bar), and add noise of variance 1 - alpha_bar in all.
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
@@ -160,11 +160,9 @@ class UNet(nn.Module):
         return self.last(h)  # (B, channels, H, W)
 
 
-# %% 4. Loss (more in the README, parts 3 and 4)
-# q_sample solved for x_0, with a guess eps_hat for eps, gives x_0_hat. q_posterior with x_0_hat is
-# the model's step back, p(x_{t-1} | x_t). As in a VAE, a sum bounds -log p(x_0), on average:
-# KL(q_posterior || p) for t = 2..T, and a term at each end (eq. 5). Only the means differ, so a KL
-# is a factor times (x_0 - x_0_hat)**2 or, as x_t is the same, times (eps - eps_hat)**2 (eq. 12).
+# %% 4. Loss
+# If you know the noise in x_t, you know x_0 (eq. 4), and so the step back (q_posterior). The paper
+# derives this loss from a bound on -log p(x_0), as in a VAE: see the README, parts 3 and 4.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), which is eq. 12 without its factor."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -209,8 +207,9 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training saw single x_t from q_sample, never two in a row, so net fits any chain whose x_t are
-    # like those. The simplest keeps x_0 and eps (guessed anew each step), so only x_T is random.
+    # Training never compares two x_t: any way to get x_{t-1} will do if it, alone, looks like one
+    # from q_sample. The simplest is q_sample, with one x_0 and one eps for all t. We do not know
+    # them, so we use the guesses of this step, and guess again in the next.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -271,10 +270,10 @@ def train(net, ema, images, labels, options, path, state):
 
 
 # %% 7. Pictures
-def tile(x, columns):
-    """Return one picture (H, W, 3), uint8, of images x (B, C, S, S) in -1..1."""
-    grid = utils.make_grid(x.cpu(), columns, normalize=True, value_range=(-1, 1))  # now in 0..1
-    return (255 * grid).round().byte().permute(1, 2, 0).numpy()
+def tile(x, columns, scale=1):
+    """Return one picture (H, W, 3), uint8, of images x (B, C, S, S) in -1..1, enlarged by scale."""
+    grid = utils.make_grid(F.interpolate(x.cpu(), scale_factor=scale), columns, pad_value=-1)
+    return ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
 def sample(net, args, out):
@@ -293,7 +292,7 @@ def sample(net, args, out):
         images.append(x_t)  # the last x_t is finished
     images = torch.cat(images)
     imageio.mimsave(out / "process.gif", frames + 30 * frames[-1:], duration=100, loop=0)
-    imageio.imwrite(out / "samples.png", tile(F.interpolate(images[:100], scale_factor=2), 10))
+    imageio.imwrite(out / "samples.png", tile(images[:100], 10, scale=2))
     pixels = ((images + 1) * 127.5).round().byte().cpu()  # finished images are within -1..1
     np.save(out / "samples.npy", pixels.permute(0, 2, 3, 1).squeeze(3))
 
@@ -385,6 +384,7 @@ def main(argv=None):
         train(net, ema, images, labels, options, out / "model.pt", state)
         if RANK > 0 or signal.SIGTERM in SIGNALS:  # Ctrl-C goes on to sample
             sys.exit()
+        imageio.imwrite(out / "data.png", tile(images[:100] / 127.5 - 1, 10, scale=2))
     sample(ema, args, out)
     facts = {"options": vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}
     (out / "run.json").write_text(json.dumps(facts, indent=2))

@@ -22,6 +22,7 @@ import ddpm_unet as ddpm
 TINY = "--num_timesteps 20 --base_channels 8 --channel_mults 1 2 --image_size 8"
 TINY = f"{TINY} -b 4 -e 6 --seed 5 --device cpu".split()
 SAMPLES = {"process.gif", "run.json", "samples.npy", "samples.png"}
+ALL = SAMPLES | {"data.png", "model.pt"}
 BOX = ROOT / "tests/models/ddpm_unet_mnist.pt"
 
 
@@ -120,8 +121,7 @@ def test_network(channels, levels, T):
     found = net(x_t, t, labels)
     assert found.shape == x_t.shape
     angles = np.outer((t - 1) * 1000 / T, 10_000 ** (-np.arange(32) / 31))
-    expected = np.hstack((np.sin(angles), np.cos(angles)))
-    assert_allclose(seen[0], expected, rtol=0, atol=1e-3)
+    assert_allclose(seen[0], np.hstack((np.sin(angles), np.cos(angles))), rtol=0, atol=1e-3)
     for inputs in ((x_t + 1, t, labels), (x_t, t - 1, labels), (x_t, t, labels.flip(0))):
         change = (net(*inputs) - found).abs()
         assert change.amax(dim=(1, 2, 3)).min() > 1e-4
@@ -239,7 +239,7 @@ def trained(tmp_path_factory):
 def test_files_of_a_run(trained):
     """samples.png shows the samples, 10 in a row, and the GIF ends with them."""
     out = trained / "run"
-    assert set(content(out)) == SAMPLES | {"model.pt"}
+    assert set(content(out)) == ALL
     assert load(out)["step"] == 9
     assert json.loads((out / "run.json").read_text())["options"]["num_classes"] == 3
     samples = np.load(out / "samples.npy")
@@ -278,7 +278,7 @@ def test_sampling_needs_only_the_checkpoint(trained, tmp_path, monkeypatch):
     assert content(tmp_path / "more")["process.gif"] == drawn["process.gif"]
 
 
-@pytest.mark.parametrize(("number", "more"), [(signal.SIGTERM, set()), (signal.SIGINT, SAMPLES)])
+@pytest.mark.parametrize(("number", "more"), [(signal.SIGTERM, set()), (signal.SIGINT, ALL)])
 def test_early_end_and_resume(trained, tmp_path, monkeypatch, number, more):
     """A signal ends training; Ctrl-C draws samples, too. Resumed, all is bit for bit the same."""
     steps = iter(range(9))
@@ -322,7 +322,7 @@ def test_two_processes_are_one_with_both_halves(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ddpm, "loss_simple", both_halves)
     run(tmp_path / "one", *options)
-    assert set(content(tmp_path / "two")) == SAMPLES | {"model.pt"}
+    assert set(content(tmp_path / "two")) == ALL
     one = load(tmp_path / "one")["optimizer"]["state"]
     two = load(tmp_path / "two")["optimizer"]["state"]
     for number, weight in one.items():
