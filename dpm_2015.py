@@ -64,8 +64,8 @@ def load_data(dataset, data_dir):
 # step of q, from a to b. A film of pure noise looks the same when it is run backwards:
 #     prior(a) S(b | a) = prior(b) S(a | b). We call this the swap.
 # Write q(x_{t-1} = a) = prior(a) r(a). By Bayes' rule, the true step back from b is proportional to
-# S(b | a) prior(a) r(a) = prior(b) S(a | b) r(a). In noise, r = 1: it is S(a | b), a step of q.
-# For data, log r(a) is about c + d a near b, and exp(d a) moves S(a | b)'s mean or log-odds: by z.
+# S(b | a) prior(a) r(a), so by the swap to S(a | b) r(a): a step of q, bent by r. In noise, r = 1.
+# Near b, r(a) is about exp(c + d a): it moves S's mean or log-odds. The network gives the move, z.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -146,8 +146,8 @@ def bound(model, x_0):
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
     i)  E log prior(x_t) = -H_prior (H: entropy) at every t: log prior is c + d x^2 (bits: c + d x),
         and the mean of x^2 is 1 (bits: of x is m) in noise, in our data, and in mixtures of both.
-    ii) p(x_0 | x_1) is a step of q (z = 0, eq. 44). By the swap (section 2), times prior(x_1) it is
-        prior(x_0) q(x_1 | x_0). In E log, the priors cancel, by i. E log q(x_1 | x_0) is left.
+    ii) p(x_0 | x_1) is a step of q (z = 0): prior(x_1) p(x_0 | x_1) = prior(x_0) q(x_1 | x_0),
+        by the swap (section 2). By i, both priors have the same E log: E log q(x_1 | x_0) is left.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
