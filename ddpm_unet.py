@@ -69,7 +69,7 @@ def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2): variance 1 stays 1.
     # So t steps scale x_0 by sqrt(alpha_bar), and add noise of variance 1 - alpha_bar in all.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # for T > 1, the sum is about 10: alpha_bar_T is tiny
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
@@ -89,7 +89,7 @@ def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     mean_t = x_t / alpha**0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
     variance_t = (1 - alpha) / alpha  # the division enlarges the noise, too
     weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
-    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # variance: beta_tilde
+    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # 1 / their sum
 
 
 # %% 3. Network: a small version of the paper's U-Net (appendix B)
@@ -177,8 +177,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will a guess x_0_hat do?
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
 # 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
-# 3. q(x_{t-1} | x_t) averages q_posterior over these x_0. Its mean is linear in x_0, so x_0_hat
-#    gives the right mean. In small steps, the average is nearly a bell curve, a bit wider: ignored.
+# 3. q(x_{t-1} | x_t) is q_posterior, averaged over these x_0. The mean of q_posterior is linear in
+#    x_0, so x_0_hat gives the right one. In small steps, x_0 shifts it far less than the noise.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -207,9 +207,9 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training never compares two x_t: any way to get x_{t-1} will do if it, alone, looks like one
-    # from q_sample. The simplest is q_sample, with one x_0 and one eps for all t. We do not know
-    # them, so we use the guesses of this step, and guess again in the next.
+    # The net sees one x_t at a time, so how x_{t-1} depends on x_t is free: only its own
+    # distribution must be that of q_sample. Keeping one x_0 and one eps for all t does that. We
+    # put this step's guesses in their place: nearly right in small steps, each with new guesses.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
