@@ -69,7 +69,7 @@ def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2): variance 1 stays 1.
     # So t steps scale x_0 by sqrt(alpha_bar), and add noise of variance 1 - alpha_bar in all.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # for T > 1, the sum is about 10: alpha_bar_T is tiny
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # sum: about 10 (T > 1). So alpha_bar_T is tiny
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
