@@ -177,8 +177,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will a guess x_0_hat do?
 # 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
 # 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
-# 3. q(x_{t-1} | x_t) is q_posterior, averaged over these x_0. The mean of q_posterior is linear in
-#    x_0, so x_0_hat gives the right one. In small steps, x_0 shifts it far less than the noise.
+# 3. q(x_{t-1} | x_t) is q_posterior, averaged over these x_0. With x_0_hat, its mean is right, as
+#    it is linear in x_0, and its variance nearly: in small steps, the spread of x_0 adds little.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -207,9 +207,9 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # The net sees one x_t at a time, so how x_{t-1} depends on x_t is free: only its own
-    # distribution must be that of q_sample. Keeping one x_0 and one eps for all t does that. We
-    # put this step's guesses in their place: nearly right in small steps, each with new guesses.
+    # Training saw each x_t alone: any path back will do, if each x_t on it is distributed as in
+    # q_sample. The simplest keeps one x_0 and one eps for all t. We do not know them, so we follow
+    # it for one small step with their means given x_t (x_0_hat, eps_hat), then guess again.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
