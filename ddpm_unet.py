@@ -207,9 +207,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training saw each x_t alone: any path back will do, if each x_t on it is distributed as in
-    # q_sample. The simplest keeps one x_0 and one eps for all t. We do not know them, so we follow
-    # it for one small step with their means given x_t (x_0_hat, eps_hat), then guess again.
+    # Training saw each x_t alone: any path will do, if each x_t on it is distributed as in q_sample.
+    # The simplest has one x_0 and one eps for all t. Follow it one small step, with these guesses.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -384,7 +383,8 @@ def main(argv=None):
         train(net, ema, images, labels, options, out / "model.pt", state)
         if RANK > 0 or signal.SIGTERM in SIGNALS:  # Ctrl-C goes on to sample
             sys.exit()
-        imageio.imwrite(out / "data.png", tile(images[:100] / 127.5 - 1, 10, scale=2))
+        some = images[:: 1 + len(images) // 100]  # a hundred, of all classes
+        imageio.imwrite(out / "data.png", tile(some / 127.5 - 1, 10, scale=2))
     sample(ema, args, out)
     facts = {"options": vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}
     (out / "run.json").write_text(json.dumps(facts, indent=2))
