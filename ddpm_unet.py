@@ -207,7 +207,7 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training saw each x_t alone: any path will do, if each x_t on it is distributed as in q_sample.
+    # Training saw each x_t alone: any path will do if each x_t on it is distributed as in q_sample.
     # The simplest has one x_0 and one eps for all t. Follow it one small step, with these guesses.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
