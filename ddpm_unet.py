@@ -89,7 +89,7 @@ def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     mean_t = x_t / alpha**0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
     variance_t = (1 - alpha) / alpha  # the division enlarges the noise, too
     weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
-    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # 1 / their sum
+    return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # 1 / sum of inverses
 
 
 # %% 3. Network: a small version of the paper's U-Net (appendix B)
@@ -208,7 +208,7 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
     # Training saw each x_t alone: any path will do if each x_t on it is distributed as in q_sample.
-    # The simplest has one x_0 and one eps for all t. Follow it one small step, with these guesses.
+    # The simplest has one x_0 and one eps for all t. We follow it for a small step, by our guesses.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

@@ -39,7 +39,7 @@ def swiss_roll():
     return curve + 0.01 * torch.randn(8000, 2)
 
 
-DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data knows more
+DATASETS = {"heart": heart, "swiss_roll": swiss_roll}  # load_data adds MNIST and files
 
 
 def standardise(data):
@@ -58,7 +58,7 @@ def make_schedule(T):
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
     Each step scales x_0 by sqrt(1 - beta): all t steps by signal; signal**2 is called alpha_bar.
-    A step keeps variance 1, as 1 - beta + beta = 1. So noise has what x_0 leaves: 1 - alpha_bar.
+    A step keeps variance 1, as 1 - beta + beta = 1: so the noise has the rest, 1 - alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
