@@ -38,7 +38,8 @@ def read_image(path, size):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     image = image.convert("RGBA")  # also from palettes and CMYK; below, transparent becomes white
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1)
+    pixels = np.array(ImageOps.fit(image, (size, size)))  # the central square, then resized
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def load_images(dataset, data_dir, size):
@@ -49,7 +50,8 @@ def load_images(dataset, data_dir, size):
         except (RuntimeError, ValueError) as error:
             raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
         return transforms.functional.resize(mnist.data[:, None], [size, size]), mnist.targets
-    classes = sorted(p.name for p in Path(dataset).iterdir() if p.is_dir() and p.name[0] != ".")
+    folders = [path.name for path in Path(dataset).iterdir() if path.is_dir()]
+    classes = sorted(name for name in folders if name[0] != ".")
     numbers = {name: number for number, name in enumerate(classes or ["."])}  # ".": no subfolders
     files = datasets.folder.make_dataset(dataset, numbers, datasets.folder.IMG_EXTENSIONS)
     images = []
@@ -174,11 +176,10 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 5. Sampling
-# We want x_{t-1}, given x_t, but q_posterior needs x_0, too. Why will a guess x_0_hat do?
-# 1. A squared error is least at the mean: ideally, eps_hat is the mean of all eps that fit x_t.
-# 2. Eq. 4, solved for x_0, with eps_hat for eps, is x_0_hat: so the mean of all x_0 that fit x_t.
-# 3. q(x_{t-1} | x_t) is q_posterior, averaged over these x_0. With x_0_hat, its mean is right, as
-#    it is linear in x_0, and its variance nearly: in small steps, the spread of x_0 adds little.
+# We want x_{t-1}, given x_t, but q_posterior needs x_0, too. We solve eq. 4 for x_0, with eps_hat
+# for eps: this x_0_hat is about the mean of all x_0 that fit x_t, as a squared error is least at
+# the mean. Which of them it was matters little in a small step: at large t, a step back hardly
+# depends on x_0, and at small t, they are all close together.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -219,14 +220,6 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops early
 
 
-def save_checkpoint(path, options, step, net, ema, optimizer):
-    """Save under another name, then rename, so that model.pt is never half-written."""
-    parts = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-    with path.with_suffix(".part").open("wb") as file:
-        torch.save({"options": options, "step": step, **parts}, file)
-    path.with_suffix(".part").replace(path)
-
-
 def train(net, ema, images, labels, options, path, state):
     """Train net by Algorithm 1, with a moving average ema. state is {}, or what to resume."""
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
@@ -261,7 +254,11 @@ def train(net, ema, images, labels, options, path, state):
         if RANK == 0 and ((step + 1) % 200 == 0 or step + 1 == end or stop > 0):
             if not loss.isfinite():
                 sys.exit("ddpm_unet.py: error: the loss is not finite: lower --learning_rate")
-            save_checkpoint(path, options, step + 1, net, ema, optimizer)
+            weights = {"net": net.state_dict(), "ema": ema.state_dict()}
+            weights["optimizer"] = optimizer.state_dict()
+            with path.with_suffix(".part").open("wb") as file:
+                torch.save({"options": options, "step": step + 1, **weights}, file)
+            path.with_suffix(".part").replace(path)  # so that model.pt is never half-written
         if stop > 0:
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -372,13 +369,16 @@ def main(argv=None):
         sys.exit(f"ddpm_unet.py: error: --label: choose from 0 to {args.num_classes - 1}")
     options = {name: getattr(args, name) for name in MODEL + TRAINING}
     if state and any(options[name] != state["options"][name] for name in MODEL):
-        sys.exit(f"ddpm_unet.py: error: the checkpoint has other {', '.join(MODEL)}")
-    out.mkdir(parents=True, exist_ok=True)
+        sys.exit(f"ddpm_unet.py: error: the checkpoint does not fit {', '.join(MODEL)}")
     net = UNet(**{name: options[name] for name in MODEL})
     ema = deepcopy(net).requires_grad_(False)  # an average of the weights, which draws better
     if state:
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
+        try:
+            net.load_state_dict(state["net"])
+            ema.load_state_dict(state["ema"])
+        except RuntimeError as error:
+            sys.exit(f"ddpm_unet.py: error: the checkpoint does not fit: {error!r:.200}")
+    out.mkdir(parents=True, exist_ok=True)
     if args.checkpoint is None:
         train(net, ema, images, labels, options, out / "model.pt", state)
         if RANK > 0 or signal.SIGTERM in SIGNALS:  # Ctrl-C goes on to sample

@@ -257,8 +257,8 @@ def train(model, rows, options, path, state):
 # %% 7. Pictures and figures
 def draw(title, x, colour="C1"):
     """Return a picture, uint8 (height, width, 3), of points (N, 2), bits or digits (N, D)."""
-    figure = Figure(figsize=(4, 4.4), dpi=90)
-    axes = figure.add_axes((0.02, 0, 0.96, 0.9), aspect="equal", xticks=(), yticks=())
+    canvas = FigureCanvasAgg(Figure(figsize=(4, 4.4), dpi=90))
+    axes = canvas.figure.add_axes((0.02, 0, 0.96, 0.9), aspect="equal", xticks=(), yticks=())
     axes.set_title(title, fontsize=16)
     x = x.cpu()
     if x.shape[1] == 2:
@@ -269,7 +269,6 @@ def draw(title, x, colour="C1"):
         axes.imshow(grid.numpy(), cmap="gray", vmin=-0.4, vmax=2.8)
     else:
         axes.pcolormesh(x[:12].numpy(), cmap="Blues", edgecolors="lightgrey", linewidth=1)
-    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
@@ -342,8 +341,6 @@ def parse_options(argv):
             raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
         parser.set_defaults(**state["options"])
     args = parser.parse_args(argv)  # again: your options win over model.pt, it over defaults
-    if state and any(getattr(args, name) != state["options"][name] for name in MODEL):
-        parser.error(f"{path} has other {', '.join(MODEL)}")
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not value > ABOVE.get(name, 0):
             parser.error(f"--{name} {value}: must be above {ABOVE.get(name, 0)}")
@@ -363,7 +360,6 @@ def main(argv=None):
     out = Path(args.output_dir or folder)
     if (out / "model.pt").exists() and out / "model.pt" != Path(args.resume or ""):
         sys.exit(f"dpm_2015.py: error: {out} holds a model: --resume it, or change --output_dir")
-    out.mkdir(parents=True, exist_ok=True)
     rows, test_rows, shift, scale = load_data(args.dataset, args.data_dir)
     rows, test_rows = rows.to(args.device), test_rows.to(args.device)
     torch.manual_seed(args.seed)
@@ -373,7 +369,11 @@ def main(argv=None):
         process = Gaussian(args.num_timesteps, 1e-5 if digits else 1e-4, learn_betas=not digits)
     model = Model(process, rows.shape[1], args.hidden_size)
     if state:
-        model.load_state_dict(state["model"])
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            sys.exit(f"dpm_2015.py: error: the checkpoint does not fit: {error!r:.200}")
+    out.mkdir(parents=True, exist_ok=True)
     if args.checkpoint is None:
         options = {name: getattr(args, name) for name in MODEL + TRAINING}
         try:

@@ -57,8 +57,9 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    Each step scales x_0 by sqrt(1 - beta): all t steps by signal; signal**2 is called alpha_bar.
-    A step keeps variance 1, as 1 - beta + beta = 1: so the noise has the rest, 1 - alpha_bar.
+    Each step multiplies x_0 by sqrt(1 - beta). So signal is the product of these factors; its
+    square is called alpha_bar. Each step keeps the variance at 1, as (1 - beta) * 1 + beta = 1.
+    So what x_0 has lost, the noise has gained: noise_std**2 = 1 - alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
@@ -137,9 +138,8 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    Many x_0 fit x_t. A true x_{t-1} comes from the q_posterior of one of them, drawn at random.
-    Least squares makes x_0_hat their mean. As q_posterior's mean is a * x_0 + b, ours is right.
-    Its lost spread is small: at large t, a is small; at small t, these x_0 hardly differ.
+    Many x_0 fit x_t, and x_0_hat is about their mean. Which of them it was matters little here:
+    at large t, a step back hardly depends on x_0, and at small t, they are all close together.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, also for means

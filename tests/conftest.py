@@ -60,10 +60,11 @@ def gif_milliseconds(path):
 
 
 def write_bad_checkpoints(folder, model, weights):
-    """Copy model.pt into a folder, beside files to refuse. In evil.pt, its weights run code."""
+    """Copy model.pt into a folder, beside files to refuse. In odd.pt are none, in evil.pt code."""
     state = torch.load(model, weights_only=True)
     evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("pwned",))})()
-    contents = {"model": state, "copy": state, "other": {"step": 1}, "list": [1]}
+    odd = {**state, weights: {}}
+    contents = {"model": state, "copy": state, "odd": odd, "other": {"step": 1}, "list": [1]}
     for name, value in {**contents, "evil": {**state, weights: evil}}.items():
         torch.save(value, folder / f"{name}.pt")
     (folder / "truncated.pt").write_bytes(model.read_bytes()[:9999])

@@ -174,7 +174,7 @@ def test_load_images(tmp_path, mnist_dir):
 
 
 @pytest.mark.parametrize(("first", "saves"), [(0, [8]), (10**6 - 4, [10**6, 10**6 + 4])])
-def test_training(monkeypatch, first, saves):
+def test_training(monkeypatch, tmp_path, first, saves):
     """Gradients are clipped, ema averages; each 200th step and the last one are saved."""
     images = torch.arange(8).view(8, 1, 1, 1).expand(8, 1, 8, 8)  # image k has the grey k
     labels = torch.arange(8) // 3
@@ -205,11 +205,11 @@ def test_training(monkeypatch, first, saves):
 
     monkeypatch.setattr(ddpm, "loss_simple", watched_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
-    monkeypatch.setattr(ddpm, "save_checkpoint", lambda path, _, step, *more: saved.append(step))
+    monkeypatch.setattr(torch, "save", lambda parts, file: saved.append(parts["step"]))
     options = {"num_timesteps": 20, "learning_rate": 0.01, "train_batch_size": 4, "seed": 0}
     options["num_epochs"] = first // 2 + 4  # of 2 steps: 8 steps more
     state = {"step": first, "optimizer": torch.optim.Adam(net.parameters(), lr=0.5).state_dict()}
-    ddpm.train(net, ema, images, labels, options, None, state)
+    ddpm.train(net, ema, images, labels, options, tmp_path / "model.pt", state)
     assert_close(next(ema.parameters()), average, rtol=1e-5, atol=1e-6)
     assert len(decays) == 8 and saved == saves
 
@@ -262,8 +262,7 @@ def test_sampling_needs_only_the_checkpoint(trained, tmp_path, monkeypatch):
         weight.zero_()
     monkeypatch.chdir(tmp_path)
     torch.save(state, "copy.pt")
-    defaults = ["--guidance", "0.5", "--sampler", "ddim"]
-    ddpm.main(["--checkpoint", "copy.pt", "--device", "cpu", *defaults])
+    ddpm.main("--checkpoint copy.pt --device cpu --guidance 0.5 --sampler ddim".split())
     drawn = content(tmp_path / "outputs/ddpm_unet_images_samples")
     assert set(drawn) == SAMPLES
     assert drawn["samples.npy"] == content(trained)["run/samples.npy"]
@@ -333,7 +332,7 @@ BAD = [
     *((f"--{flag} 0", f"--{flag}") for flag in ["image_size", "num_epochs", "learning_rate"]),
     *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in BAD_CHECKPOINTS),
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
-    ("--checkpoint model.pt --base_channels 16", "other channels"),
+    *((f"--checkpoint {name}", " fit") for name in ["model.pt --base_channels 16", "odd.pt"]),
     ("--label 0 3", "--label: choose from 0 to 2"),  # before training
     *((options, "holds a model") for options in ["--output_dir .", "--resume copy.pt"]),
     ("--output_dir file/out", "file"),

@@ -404,7 +404,7 @@ BAD = [
     *((option, f"{option}: must be above ") for option in [*NUMBERS, "--seed -1"]),
     *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in conftest.BAD_CHECKPOINTS),
     *((options, "holds a model") for options in ["--output_dir .", "--resume copy.pt"]),
-    ("--checkpoint model.pt --hidden_size 9", "model.pt has other dataset, num_timesteps, hidden"),
+    *((f"--checkpoint {name}", "does not fit") for name in ["model.pt --hidden_size 9", "odd.pt"]),
     ("--resume model.pt --num_training_steps 9 --learning_rate 1e30", "K is not finite: lower"),
     ("--output_dir file", "file"),
     ("--dataset mnist", "Error downloading"),
