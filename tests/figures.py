@@ -92,17 +92,12 @@ def step_back(schedule):
     x_0 = torch.tensor([-1, 1])
     for axes, t, title in zip(panels, (99, 20), ("one step back", "80 steps back")):
         before = schedule.signal[t] ** 2
-        step = alpha_bar / before
         means, variance = ddpm_unet.q_posterior(x_0, 0.5, alpha_bar, before)
         mean, _ = ddpm_unet.q_posterior(x_0_hat, 0.5, alpha_bar, before)
         exact = Normal(means, variance**0.5).log_prob(x).exp() @ (1 + x_0 * x_0_hat) / 2
-        axes.plot(x, exact, ":", color="black", lw=3, label="exact")
-        for name, colour, bell in (
-            ("the origin", BLUE, Normal(before**0.5 * x_0_hat, (1 - before) ** 0.5)),
-            ("the step", GREY, Normal(0.5 / step**0.5, ((1 - step) / step) ** 0.5)),
-            ("both", ORANGE, Normal(mean, variance**0.5)),
-        ):
-            axes.plot(x, bell.log_prob(x).exp(), color=colour, label=name)
+        bell = Normal(mean, variance**0.5).log_prob(x).exp()
+        axes.plot(x, exact, ":", color="black", lw=4, label="exact")
+        axes.plot(x, bell, color=ORANGE, lw=2, label="bell curve")
         axes.set(title=title, yticks=())
         axes.legend()
     figure.savefig(IMAGES / "figure_step_back.png")
