@@ -30,43 +30,7 @@ from torchvision import datasets, transforms, utils
 from tqdm import tqdm
 
 
-# %% 1. Data
-def read_image(path, size):
-    """Return the central square of an image file, as you would see it: uint8 (3, size, size)."""
-    image = ImageOps.exif_transpose(Image.open(path))  # turned upright
-    if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    image = image.convert("RGBA")  # also from palettes and CMYK; below, transparent becomes white
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    pixels = np.array(ImageOps.fit(image, (size, size)))  # the central square, then resized
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def load_images(dataset, data_dir, size):
-    """Return images, uint8 (N, C, size, size), and labels (N,): subfolders are classes, if any."""
-    if dataset == "mnist":
-        try:
-            mnist = datasets.MNIST(data_dir, download=True)
-        except (RuntimeError, ValueError) as error:
-            raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
-        return transforms.functional.resize(mnist.data[:, None], [size, size]), mnist.targets
-    folders = [path.name for path in Path(dataset).iterdir() if path.is_dir()]
-    classes = sorted(name for name in folders if name[0] != ".")
-    numbers = {name: number for number, name in enumerate(classes or ["."])}  # ".": no subfolders
-    files = datasets.folder.make_dataset(dataset, numbers, datasets.folder.IMG_EXTENSIONS)
-    images = []
-    for path, _ in tqdm(files, "reading"):  # pairs of path and class number
-        try:
-            images.append(read_image(path, size))
-        except Exception as error:
-            raise SystemExit(f"ddpm_unet.py: error: cannot read {path}: {error!r:.99}") from error
-    images = torch.stack(images)
-    if (images == images[:, :1]).all():  # red = green = blue
-        images = images[:, :1]
-    return images, torch.tensor([number for _, number in files])
-
-
-# %% 2. Noise schedule and forward process
+# %% 1. Noise schedule and forward process
 def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2): variance 1 stays 1.
@@ -94,7 +58,7 @@ def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     return weight * mean_0 + (1 - weight) * mean_t, weight * variance_0  # 1 / sum of inverses
 
 
-# %% 3. Network: a small version of the paper's U-Net (appendix B)
+# %% 2. Network: a small version of the paper's U-Net (appendix B)
 def conv(C_in, C):
     """Return group norm, SiLU, 3x3 convolution: (B, C_in, H, W) to (B, C, H, W), C features."""
     return nn.Sequential(nn.GroupNorm(8, C_in), nn.SiLU(), nn.Conv2d(C_in, C, 3, padding=1))
@@ -162,9 +126,10 @@ class UNet(nn.Module):
         return self.last(h)  # (B, channels, H, W)
 
 
-# %% 4. Loss
-# If you know the noise in x_t, you know x_0 (eq. 4), and so the step back (q_posterior). The paper
-# derives this loss from a bound on -log p(x_0), as in a VAE: see the README, parts 3 and 4.
+# %% 3. Loss
+# As in a VAE, a bound on -log p(x_0) has a KL for each t: between the step back that knows x_0, and
+# ours. Both are normal, with equal variances. So it is a factor times the squared distance of their
+# means: by eq. 4, another factor times that of eps and eps_hat (README, parts 3 and 4).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), which is eq. 12 without its factor."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -175,11 +140,11 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
     return F.mse_loss(eps_hat, eps)  # line 5
 
 
-# %% 5. Sampling
-# We want x_{t-1}, given x_t, but q_posterior needs x_0, too. We solve eq. 4 for x_0, with eps_hat
-# for eps: this x_0_hat is about the mean of all x_0 that fit x_t, as a squared error is least at
-# the mean. Which of them it was matters little in a small step: at large t, a step back hardly
-# depends on x_0, and at small t, they are all close together.
+# %% 4. Sampling
+# We want x_{t-1}, given x_t. But q_posterior needs x_0, too, and many x_0 fit x_t. Least squares
+# teaches means: eps_hat is about the mean of all eps that fit x_t. So x_0_hat, which follows by
+# eq. 4, is about the mean of all these x_0. It gives a small step the right mean, because
+# q_posterior's mean is linear in x_0, and slightly too little noise.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -214,7 +179,7 @@ def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
 
-# %% 6. Training
+# %% 5. Training
 RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD_SIZE processes and numbers them
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops early
@@ -263,6 +228,42 @@ def train(net, ema, images, labels, options, path, state):
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# %% 6. Data
+def read_image(path, size):
+    """Return the central square of an image file, as you would see it: uint8 (3, size, size)."""
+    image = ImageOps.exif_transpose(Image.open(path))  # turned upright
+    if image.mode.startswith("I"):  # 16-bit grey
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    image = image.convert("RGBA")  # also from palettes and CMYK; below, transparent becomes white
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    pixels = np.array(ImageOps.fit(image, (size, size)))  # the central square, then resized
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def load_images(dataset, data_dir, size):
+    """Return images, uint8 (N, C, size, size), and labels (N,): subfolders are classes, if any."""
+    if dataset == "mnist":
+        try:
+            mnist = datasets.MNIST(data_dir, download=True)
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
+        return transforms.functional.resize(mnist.data[:, None], [size, size]), mnist.targets
+    folders = [path.name for path in Path(dataset).iterdir() if path.is_dir()]
+    classes = sorted(name for name in folders if name[0] != ".")
+    numbers = {name: number for number, name in enumerate(classes or ["."])}  # ".": no subfolders
+    files = datasets.folder.make_dataset(dataset, numbers, datasets.folder.IMG_EXTENSIONS)
+    images = []
+    for path, _ in tqdm(files, "reading"):  # pairs of path and class number
+        try:
+            images.append(read_image(path, size))
+        except Exception as error:
+            raise SystemExit(f"ddpm_unet.py: error: cannot read {path}: {error!r:.99}") from error
+    images = torch.stack(images)
+    if (images == images[:, :1]).all():  # red = green = blue
+        images = images[:, :1]
+    return images, torch.tensor([number for _, number in files])
 
 
 # %% 7. Pictures
@@ -383,7 +384,7 @@ def main(argv=None):
         train(net, ema, images, labels, options, out / "model.pt", state)
         if RANK > 0 or signal.SIGTERM in SIGNALS:  # Ctrl-C goes on to sample
             sys.exit()
-        some = images[:: 1 + len(images) // 100]  # a hundred, of all classes
+        some = images[:: 1 + len(images) // 100]  # up to a hundred, of all classes
         imageio.imwrite(out / "data.png", tile(some / 127.5 - 1, 10, scale=2))
     sample(ema, args, out)
     facts = {"options": vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}

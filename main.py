@@ -58,8 +58,8 @@ def make_schedule(T):
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
     Each step multiplies x_0 by sqrt(1 - beta). So signal is the product of these factors; its
-    square is called alpha_bar. Each step keeps the variance at 1, as (1 - beta) * 1 + beta = 1.
-    So what x_0 has lost, the noise has gained: noise_std**2 = 1 - alpha_bar.
+    square is called alpha_bar. Each step makes noise_std**2 into (1 - beta) * noise_std**2 + beta,
+    as variances of independent noises add up. This keeps signal**2 + noise_std**2 at 1.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
@@ -108,7 +108,7 @@ class MLP(nn.Module):
         return self.last(h)  # (B, D)
 
 
-# %% 4. Loss
+# %% 4. Loss (from a bound on -log p(x_0), as in a VAE: see the README, parts 3 and 4)
 def loss_simple(model, schedule, x_0, predict):
     """Return the loss of Algorithm 1 for x_0 (B, D). predict: "eps" (L_simple, eq. 14) or "x_0"."""
     t = torch.randint(1, schedule.T + 1, (len(x_0),))  # Algorithm 1, line 3
@@ -116,7 +116,7 @@ def loss_simple(model, schedule, x_0, predict):
     x_t = q_sample(schedule, x_0, t, eps)
     output = model(x_t, t)
     target = {"eps": eps, "x_0": x_0}[predict]
-    return F.mse_loss(output, target)  # line 5; with eps, eq. 12 without its weights
+    return F.mse_loss(output, target)  # line 5. Best output: the mean of all targets that fit x_t
 
 
 # %% 5. Sampling
@@ -138,11 +138,11 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    Many x_0 fit x_t, and x_0_hat is about their mean. Which of them it was matters little here:
-    at large t, a step back hardly depends on x_0, and at small t, they are all close together.
+    Many x_0 fit x_t. The least squared error is at their mean, so x_0_hat is about that. It gives
+    the step the right mean, as q_posterior's mean is linear in x_0, and slightly too little noise.
     """
     output = model(x_t, torch.full((len(x_t),), t))
-    from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, also for means
+    from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, linear in eps
     x_0_hat = {"eps": from_eps, "x_0": output}[predict]
     x_0_hat = x_0_hat.clamp(-limit, limit)  # limit: largest |x_0|. A small signal magnifies errors
     mean, sigma = q_posterior(schedule, x_0_hat, x_t, t)  # for t = 1, sigma is 0

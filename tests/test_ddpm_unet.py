@@ -262,7 +262,7 @@ def test_sampling_needs_only_the_checkpoint(trained, tmp_path, monkeypatch):
         weight.zero_()
     monkeypatch.chdir(tmp_path)
     torch.save(state, "copy.pt")
-    ddpm.main("--checkpoint copy.pt --device cpu --guidance 0.5 --sampler ddim".split())
+    ddpm.main(["--checkpoint=copy.pt", "--device=cpu", "--guidance=0.5", "--sampler=ddim"])
     drawn = content(tmp_path / "outputs/ddpm_unet_images_samples")
     assert set(drawn) == SAMPLES
     assert drawn["samples.npy"] == content(trained)["run/samples.npy"]
