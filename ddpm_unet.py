@@ -250,8 +250,7 @@ def load_images(dataset, data_dir, size):
         except (RuntimeError, ValueError) as error:
             raise SystemExit(f"ddpm_unet.py: error: {data_dir}: {error!r:.99}") from error
         return transforms.functional.resize(mnist.data[:, None], [size, size]), mnist.targets
-    folders = [path.name for path in Path(dataset).iterdir() if path.is_dir()]
-    classes = sorted(name for name in folders if name[0] != ".")
+    classes = sorted(p.name for p in Path(dataset).iterdir() if p.is_dir() and p.name[0] != ".")
     numbers = {name: number for number, name in enumerate(classes or ["."])}  # ".": no subfolders
     files = datasets.folder.make_dataset(dataset, numbers, datasets.folder.IMG_EXTENSIONS)
     images = []
