@@ -101,8 +101,8 @@ class UNet(nn.Module):
         self.attention = nn.MultiheadAttention(widths[-1], num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(widths[-1], widths[-1], E)
         self.ups = nn.ModuleList()
-        for C_skip, C_in in reversed(pairs[1:]):  # 96 and a skip's 48 to 48, then 48 and 24 to 24
-            self.ups.append(ResBlock(C_in + C_skip, C_skip, E))
+        for C, C_below in reversed(pairs[1:]):  # (48, 96), then (24, 48); a skip has C channels
+            self.ups.append(ResBlock(C_below + C, C, E))
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):
@@ -127,9 +127,9 @@ class UNet(nn.Module):
 
 
 # %% 3. Loss
-# As in a VAE, a bound on -log p(x_0) has a KL for each t: between the step back that knows x_0, and
-# ours. Both are normal, with equal variances. So it is a factor times the squared distance of their
-# means: by eq. 4, another factor times that of eps and eps_hat (README, parts 3 and 4).
+# As in a VAE, a bound on -log p(x_0) has, for each t > 1, a KL from q_posterior to our step back:
+# the same, but with the x_0 that eps_hat implies (eq. 4). Variances are equal, so it is a factor
+# times the squared distance of the means, so of both x_0, so of eps and eps_hat (README, part 4).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14), which is eq. 12 without its factor."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -143,8 +143,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # %% 4. Sampling
 # We want x_{t-1}, given x_t. But q_posterior needs x_0, too, and many x_0 fit x_t. Least squares
 # teaches means: eps_hat is about the mean of all eps that fit x_t. So x_0_hat, which follows by
-# eq. 4, is about the mean of all these x_0. It gives a small step the right mean, because
-# q_posterior's mean is linear in x_0, and slightly too little noise.
+# eq. 4, is about the mean of all these x_0. As q_posterior's mean is linear in x_0, x_{t-1} gets
+# the right mean. Only the spread of these x_0 is missing: little, if the step is small.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -173,8 +173,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Training saw each x_t alone: any path will do if each x_t on it is distributed as in q_sample.
-    # The simplest has one x_0 and one eps for all t. We follow it for a small step, by our guesses.
+    # With the same x_0 and eps at all t, each x_t is as in training. Many such paths cross at x_t.
+    # We follow their mean, x_0_hat and eps_hat, for a small step: it moves the crowd as they do.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
@@ -383,7 +383,7 @@ def main(argv=None):
         train(net, ema, images, labels, options, out / "model.pt", state)
         if RANK > 0 or signal.SIGTERM in SIGNALS:  # Ctrl-C goes on to sample
             sys.exit()
-        some = images[:: 1 + len(images) // 100]  # up to a hundred, of all classes
+        some = images[:: 1 + len(images) // 100]  # up to a hundred, evenly spread
         imageio.imwrite(out / "data.png", tile(some / 127.5 - 1, 10, scale=2))
     sample(ema, args, out)
     facts = {"options": vars(args), "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -138,8 +138,8 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    Many x_0 fit x_t. The least squared error is at their mean, so x_0_hat is about that. It gives
-    the step the right mean, as q_posterior's mean is linear in x_0, and slightly too little noise.
+    Many x_0 fit x_t. The least squared error is at their mean, so x_0_hat is about that. The step
+    has the right mean, as q_posterior's mean is linear in x_0. The spread of the x_0 is missing.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, linear in eps
