@@ -61,11 +61,11 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion
 # q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be a
-# step of q, from a to b. A film of pure noise looks the same when it is run backwards:
-#     prior(a) S(b | a) = prior(b) S(a | b). We call this the swap.
-# Write q(x_{t-1} = a) = prior(a) r(a). By Bayes' rule, the true step back from b is proportional to
-# S(b | a) prior(a) r(a), so by the swap to S(a | b) r(a): a step of q, bent by r. In noise, r = 1.
-# Near b, r(a) is about exp(c + d a): it moves S's mean or log-odds. The network gives the move, z.
+# step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
+#     prior(a) S(b | a) = prior(b) S(a | b): call it the swap. Let r(a) = q(x_{t-1} = a) / prior(a).
+# By Bayes' rule, the true step back from b is S(b | a) prior(a) r(a), so by the swap S(a | b) r(a),
+# up to a factor. Near b, r(a) is about exp(c + d a): this turns N(mu, v) into N(mu + v d, v), and
+# adds d to the log-odds of a bit. The network gives this move, z. If x_{t-1} is noise, it is 0.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -76,9 +76,9 @@ class Gaussian(nn.Module):
         self.sample = Normal.rsample  # smooth in the betas: they get gradients
         self.z_per_number = 2  # z_mu and z_sigma
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
-        # Before training, the share of noise in x_t rises from beta_1 to 0.999 along an S-curve.
+        # Steps 1 to t at once: N(sqrt(A) x_0, 1 - A). A = (1 - beta_1) ... (1 - beta_t): alpha_bar_t
         self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # also for Model
-        noise = self.log_odds.sigmoid()  # 1 - alpha_bar_t = 1 - (1 - beta_1) ... (1 - beta_t)
+        noise = self.log_odds.sigmoid()  # 1 - alpha_bar_t: before training, from beta_1 to 0.999
         betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
 
@@ -146,8 +146,8 @@ def bound(model, x_0):
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
     i)  E log prior(x_t) = -H_prior (H: entropy) at every t: log prior is c + d x^2 (bits: c + d x),
         and the mean of x^2 is 1 (bits: of x is m) in noise, in our data, and in mixtures of both.
-    ii) p(x_0 | x_1) is a step of q (z = 0): prior(x_1) p(x_0 | x_1) = prior(x_0) q(x_1 | x_0),
-        by the swap (section 2). By i, both priors have the same E log: E log q(x_1 | x_0) is left.
+    ii) For p(x_0 | x_1), we choose z = 0: it is a step of q. By the swap (section 2), prior(x_1)
+        p(x_0 | x_1) = prior(x_0) q(x_1 | x_0). By i, the priors' E log agree, and cancel.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
@@ -296,8 +296,8 @@ def evaluate(model, test_rows, num_samples, out):
 
 
 # %% 8. Command line, and main, which puts everything together
-MODEL = ["dataset", "num_timesteps", "hidden_size"]
-TRAINING = ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
+SAVED = ["dataset", "num_timesteps", "hidden_size"]  # options in model.pt
+SAVED += ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
 THREADS = torch.get_num_threads()
 ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # options are above this, or above 0
 
@@ -375,7 +375,7 @@ def main(argv=None):
             sys.exit(f"dpm_2015.py: error: the checkpoint does not fit: {error!r:.200}")
     out.mkdir(parents=True, exist_ok=True)
     if args.checkpoint is None:
-        options = {name: getattr(args, name) for name in MODEL + TRAINING}
+        options = {name: getattr(args, name) for name in SAVED}
         try:
             train(model, rows, options, out / "model.pt", state)
         except KeyboardInterrupt:
