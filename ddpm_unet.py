@@ -127,11 +127,11 @@ class UNet(nn.Module):
 
 
 # %% 3. Loss
-# As in a VAE, a bound on -log p(x_0) has, for each t > 1, a KL from q_posterior to our step back:
-# the same, but with the x_0 that eps_hat implies (eq. 4). Variances are equal, so it is a factor
-# times the squared distance of the means, so of both x_0, so of eps and eps_hat (README, part 4).
+# As in a VAE, a bound on -log p(x_0) has a KL for each t > 1, of q_posterior to our own step back:
+# q_posterior with x_0_hat for x_0, which follows from eps_hat by eq. 4. The variances are equal. So
+# the KL is a factor times |x_0 - x_0_hat|^2, and by eq. 4 another factor times |eps - eps_hat|^2.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
-    """Return the loss of Algorithm 1: L_simple (eq. 14), which is eq. 12 without its factor."""
+    """Return the loss of Algorithm 1: L_simple (eq. 14). It is eq. 12 without factor."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
@@ -142,9 +142,9 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 # %% 4. Sampling
 # We want x_{t-1}, given x_t. But q_posterior needs x_0, too, and many x_0 fit x_t. Least squares
-# teaches means: eps_hat is about the mean of all eps that fit x_t. So x_0_hat, which follows by
-# eq. 4, is about the mean of all these x_0. As q_posterior's mean is linear in x_0, x_{t-1} gets
-# the right mean. Only the spread of these x_0 is missing: little, if the step is small.
+# teaches means: eps_hat is about the mean of all eps that fit x_t, and x_0_hat that of these x_0.
+# So x_{t-1}, which is linear in x_0, has the right mean. The spread of the x_0 is lost: at small t,
+# it is small, and at large t, x_0 counts little in x_{t-1}, if the step is small.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -173,8 +173,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # With the same x_0 and eps at all t, each x_t is as in training. Many such paths cross at x_t.
-    # We follow their mean, x_0_hat and eps_hat, for a small step: it moves the crowd as they do.
+    # Fix x_0 and eps: then eq. 4 is a path through all t. Many paths cross at x_t. A small step
+    # along their average, x_0_hat and eps_hat, keeps each x_{t-1} distributed as in training.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

@@ -60,12 +60,12 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion
-# q adds noise, p removes it. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a) be a
-# step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
-#     prior(a) S(b | a) = prior(b) S(a | b): call it the swap. Let r(a) = q(x_{t-1} = a) / prior(a).
-# By Bayes' rule, the true step back from b is S(b | a) prior(a) r(a), so by the swap S(a | b) r(a),
-# up to a factor. Near b, r(a) is about exp(c + d a): this turns N(mu, v) into N(mu + v d, v), and
-# adds d to the log-odds of a bit. The network gives this move, z. If x_{t-1} is noise, it is 0.
+# q adds noise, p must step back. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a)
+# be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
+#     prior(a) S(b | a) = prior(b) S(a | b): call it the swap. Write q(x_{t-1} = a) = prior(a) r(a).
+# Given x_t = b, by Bayes' rule, a has the density S(b | a) prior(a) r(a) = prior(b) S(a | b) r(a),
+# up to a factor: it is a step of q from b, times r. Near b, r(a) is about exp(c + d a). This moves
+# N(mu, v) to N(mu + v d, v), or log-odds by d. The network gives z = sqrt(v) d, or d for bits.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -76,7 +76,7 @@ class Gaussian(nn.Module):
         self.sample = Normal.rsample  # smooth in the betas: they get gradients
         self.z_per_number = 2  # z_mu and z_sigma
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
-        # Steps 1 to t at once: N(sqrt(A) x_0, 1 - A). A = (1 - beta_1) ... (1 - beta_t): alpha_bar_t
+        # Steps 1 to t at once: N(sqrt(A) x_0, 1 - A), where A = alpha_bar_t = product of 1 - beta_s
         self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # also for Model
         noise = self.log_odds.sigmoid()  # 1 - alpha_bar_t: before training, from beta_1 to 0.999
         betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
@@ -144,10 +144,10 @@ def bound(model, x_0):
     All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    i)  E log prior(x_t) = -H_prior (H: entropy) at every t: log prior is c + d x^2 (bits: c + d x),
-        and the mean of x^2 is 1 (bits: of x is m) in noise, in our data, and in mixtures of both.
-    ii) For p(x_0 | x_1), we choose z = 0: it is a step of q. By the swap (section 2), prior(x_1)
-        p(x_0 | x_1) = prior(x_0) q(x_1 | x_0). By i, the priors' E log agree, and cancel.
+    i)  E log prior(x_t) = -H_prior (H: entropy) at all t: log prior is c + k x^2 (bits: c + k x),
+        and the mean of x^2 is 1 (bits: of x is m) in our data (t = 0), in noise and in between.
+    ii) For p(x_0 | x_1), we choose z = 0: a step of q. By the swap (section 2), log p(x_0 | x_1) =
+        log q(x_1 | x_0) + log prior(x_0) - log prior(x_1). By i, the priors cancel in the mean.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
@@ -299,7 +299,7 @@ def evaluate(model, test_rows, num_samples, out):
 SAVED = ["dataset", "num_timesteps", "hidden_size"]  # options in model.pt
 SAVED += ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
 THREADS = torch.get_num_threads()
-ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # options are above this, or above 0
+ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # the least value, exclusive; else 0
 
 
 def parse_options(argv):

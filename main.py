@@ -57,9 +57,9 @@ def make_schedule(T):
 
     Step t:                     x_t = sqrt(1 - beta_t) * x_{t-1} + sqrt(beta_t) * noise     (eq. 2)
     The steps 1 to t at once:   x_t = signal[t] * x_0 + noise_std[t] * eps                  (eq. 4)
-    Each step multiplies x_0 by sqrt(1 - beta). So signal is the product of these factors; its
-    square is called alpha_bar. Each step makes noise_std**2 into (1 - beta) * noise_std**2 + beta,
-    as variances of independent noises add up. This keeps signal**2 + noise_std**2 at 1.
+    Each step multiplies x_0 by sqrt(1 - beta): signal is the product of these factors, and its
+    square is called alpha_bar. Variances add up, so a step makes s = signal**2 + noise_std**2 into
+    (1 - beta) * s + beta. From s = 1 at t = 0, it stays at 1: noise_std**2 is 1 - alpha_bar.
     """
     betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
@@ -131,15 +131,15 @@ def q_posterior(schedule, x_0, x_t, t):
     variance_t = beta / (1 - beta)  # the division enlarges the noise, too
     weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
     mean = weight * mean_0 + (1 - weight) * mean_t
-    variance = weight * variance_0  # beta_tilde. The paper also tries beta: larger at small t
+    variance = weight * variance_0  # beta_tilde. The paper also tries beta: much larger at small t
     return mean, variance**0.5
 
 
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    Many x_0 fit x_t. The least squared error is at their mean, so x_0_hat is about that. The step
-    has the right mean, as q_posterior's mean is linear in x_0. The spread of the x_0 is missing.
+    x_0_hat is about the mean of the x_0 that fit x_t. x_{t-1}, linear in x_0, has the right mean.
+    Their spread is lost: at small t, it is small, and at large t, x_0 counts little in x_{t-1}.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, linear in eps
