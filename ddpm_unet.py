@@ -9,7 +9,7 @@ noise in x_t. With its guesses, we go back from pure noise to a new image, in ma
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
 x is (B, C, H, W): B images with C = 1 (grey) or 3 channels. In x_0, pixels are from -1 to 1.
-Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise. New tensors are on --device.
+Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise. Tensors are on --device.
 """
 
 import json
@@ -127,9 +127,9 @@ class UNet(nn.Module):
 
 
 # %% 3. Loss
-# As in a VAE, a bound on -log p(x_0) has a KL for each t > 1, of q_posterior to our own step back:
-# q_posterior with x_0_hat for x_0, which follows from eps_hat by eq. 4. The variances are equal. So
-# the KL is a factor times |x_0 - x_0_hat|^2, and by eq. 4 another factor times |eps - eps_hat|^2.
+# By eq. 4, eps_hat gives x_0_hat. Our own step back is q_posterior with x_0_hat in place of x_0. As
+# in a VAE, a bound on -log p(x_0) has a KL of q_posterior to it for each t > 1. Only the means
+# differ, by a factor times x_0 - x_0_hat. So the KL, by eq. 4, is a factor times |eps - eps_hat|^2.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14). It is eq. 12 without factor."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -143,8 +143,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # %% 4. Sampling
 # We want x_{t-1}, given x_t. But q_posterior needs x_0, too, and many x_0 fit x_t. Least squares
 # teaches means: eps_hat is about the mean of all eps that fit x_t, and x_0_hat that of these x_0.
-# So x_{t-1}, which is linear in x_0, has the right mean. The spread of the x_0 is lost: at small t,
-# it is small, and at large t, x_0 counts little in x_{t-1}, if the step is small.
+# As q_posterior's mean is linear in x_0, x_{t-1} has the right mean. The spread of these x_0 is
+# lost: in a small step, it would add little to the fresh noise.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -173,8 +173,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Fix x_0 and eps: then eq. 4 is a path through all t. Many paths cross at x_t. A small step
-    # along their average, x_0_hat and eps_hat, keeps each x_{t-1} distributed as in training.
+    # Fix x_0 and eps: as t varies, eq. 4 draws a path. Of all paths through x_t, we follow the
+    # average, x_0_hat and eps_hat. In small steps, this keeps the density of all x_t right.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

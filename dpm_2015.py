@@ -62,10 +62,10 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise, p must step back. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a)
 # be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
-#     prior(a) S(b | a) = prior(b) S(a | b): call it the swap. Write q(x_{t-1} = a) = prior(a) r(a).
-# Given x_t = b, by Bayes' rule, a has the density S(b | a) prior(a) r(a) = prior(b) S(a | b) r(a),
-# up to a factor: it is a step of q from b, times r. Near b, r(a) is about exp(c + d a). This moves
-# N(mu, v) to N(mu + v d, v), or log-odds by d. The network gives z = sqrt(v) d, or d for bits.
+#     prior(a) S(b | a) = prior(b) S(a | b): call it the swap. Let r(a) = q(x_{t-1} = a) / prior(a).
+# By Bayes' rule, x_{t-1} given x_t = b has density S(b | a) prior(a) r(a) = prior(b) S(a | b) r(a)
+# up to a factor: a step of q from b, times r. Steps are small: near b, log r is a line, c + d a.
+# This moves N(mu, v) to N(mu + v d, v), or log-odds by d. The network's z is sqrt(v) d (bits: d).
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -77,8 +77,8 @@ class Gaussian(nn.Module):
         self.z_per_number = 2  # z_mu and z_sigma
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
         # Steps 1 to t at once: N(sqrt(A) x_0, 1 - A), where A = alpha_bar_t = product of 1 - beta_s
-        self.log_odds = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # also for Model
-        noise = self.log_odds.sigmoid()  # 1 - alpha_bar_t: before training, from beta_1 to 0.999
+        self.noise_levels = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # logit of noise
+        noise = self.noise_levels.sigmoid()  # 1 - alpha_bar_t: at first from beta_1 to 0.999
         betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
 
@@ -116,7 +116,7 @@ class Binomial:
         self.sample = Bernoulli.sample
         self.z_per_number = 1
         self.alpha_bars = 1 - torch.arange(T + 1) / T  # as beta_t is 1 / (T - t + 1)
-        self.log_odds = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # else infinite at T
+        self.noise_levels = (1 - self.alpha_bars[1:]).logit().clamp(max=8)  # else infinite at T
 
     def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
         alpha = self.alpha_bars[t] / self.alpha_bars[s]  # the probability that a bit is kept
@@ -144,8 +144,8 @@ def bound(model, x_0):
     All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    i)  E log prior(x_t) = -H_prior (H: entropy) at all t: log prior is c + k x^2 (bits: c + k x),
-        and the mean of x^2 is 1 (bits: of x is m) in our data (t = 0), in noise and in between.
+    i)  log prior(x) is c + k x^2 (bits: c + k x). The mean of x^2 (bits: x) is that of the prior, 1
+        (m), in our data; steps keep it. So E log prior(x_t) = -H_prior (H: entropy) at all t.
     ii) For p(x_0 | x_1), we choose z = 0: a step of q. By the swap (section 2), log p(x_0 | x_1) =
         log q(x_1 | x_0) + log prior(x_0) - log prior(x_1). By i, the priors cancel in the mean.
     """
@@ -176,9 +176,9 @@ class Model(nn.Module):
         last = nn.Conv1d(16, 10 * process.z_per_number, 1, bias=False)  # width 1: for each number
         self.conv = nn.Sequential(nn.Conv1d(5, 16, 1), nn.GELU(), last)
         nn.init.zeros_(last.weight)  # so training begins at z = 0
-        centres = torch.linspace(process.log_odds[0], process.log_odds[-1], 10)
-        distances = (process.log_odds[:, None] - centres) / (centres[1] - centres[0])
-        g = (-(distances**2) / 2).softmax(dim=1)  # ten bumps, side by side over log_odds (eq. 63)
+        centres = torch.linspace(process.noise_levels[0], process.noise_levels[-1], 10)
+        distances = (process.noise_levels[:, None] - centres) / (centres[1] - centres[0])
+        g = (-(distances**2) / 2).softmax(dim=1)  # ten bumps, side by side over the levels (eq. 63)
         self.register_buffer("temporal_basis", g)  # (T, 10): at step t, g_j(t) weights y_j
 
     def forward(self, x_t, t):

@@ -138,8 +138,8 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    x_0_hat is about the mean of the x_0 that fit x_t. x_{t-1}, linear in x_0, has the right mean.
-    Their spread is lost: at small t, it is small, and at large t, x_0 counts little in x_{t-1}.
+    x_0_hat is about the mean of all x_0 that fit x_t. As q_posterior's mean is linear in x_0, ours
+    is right. The spread of these x_0 is lost: in a small step, it would add little to the noise.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, linear in eps

@@ -286,7 +286,7 @@ def test_training(monkeypatch, tmp_path, dataset):
     gradient = torch.cat([weight.grad.flatten() for weight in model.parameters()])
     assert abs(gradient.norm() - 1) < 1e-3
     t = torch.stack([t for _, t in seen])
-    alpha_bars = (-process.log_odds).sigmoid() if dataset == "mnist" else torch.zeros(5)
+    alpha_bars = (-process.noise_levels).sigmoid() if dataset == "mnist" else torch.zeros(5)
     expected = -1000 * (1 - alpha_bars[t - 1]) / (4 * 3)
     assert_close(torch.stack([K.grad for K, _ in seen]), expected)
     assert len(t.unique(dim=0)) > 40  # each step of each seed draws anew
