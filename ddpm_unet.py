@@ -127,9 +127,9 @@ class UNet(nn.Module):
 
 
 # %% 3. Loss
-# By eq. 4, eps_hat gives x_0_hat. Our own step back is q_posterior with x_0_hat in place of x_0. As
-# in a VAE, a bound on -log p(x_0) has a KL of q_posterior to it for each t > 1. Only the means
-# differ, by a factor times x_0 - x_0_hat. So the KL, by eq. 4, is a factor times |eps - eps_hat|^2.
+# If we know the noise in x_t, we know x_0 (eq. 4), and so the step back (q_posterior). That is why
+# the network guesses noise. A squared error is right for it: a bound on -log p(x_0), as in a VAE,
+# has a KL for each t > 1, which is a factor times this error (README, parts 3 and 4).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
     """Return the loss of Algorithm 1: L_simple (eq. 14). It is eq. 12 without factor."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
@@ -173,8 +173,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Fix x_0 and eps: as t varies, eq. 4 draws a path. Of all paths through x_t, we follow the
-    # average, x_0_hat and eps_hat. In small steps, this keeps the density of all x_t right.
+    # By eq. 4, each (x_0, eps) moves along a path as t varies. Where paths cross, at x_t, we take a
+    # small step at their mean velocity, that of (x_0_hat, eps_hat): the flow of mass is the same.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
