@@ -63,9 +63,9 @@ def load_data(dataset, data_dir):
 # q adds noise, p must step back. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a)
 # be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
 #     prior(a) S(b | a) = prior(b) S(a | b): call it the swap. Let r(a) = q(x_{t-1} = a) / prior(a).
-# By Bayes' rule, x_{t-1} given x_t = b has density S(b | a) prior(a) r(a) = prior(b) S(a | b) r(a)
-# up to a factor: a step of q from b, times r. Steps are small: near b, log r is a line, c + d a.
-# This moves N(mu, v) to N(mu + v d, v), or log-odds by d. The network's z is sqrt(v) d (bits: d).
+# By Bayes' rule, up to factors without a, q(x_{t-1} = a | x_t = b) is S(b | a) prior(a) r(a), so
+# S(a | b) r(a): a step of q from b, times r. Steps are small: near b, r(a) is about exp(c + d a),
+# which moves N(mu, v) to N(mu + v d, v), log-odds by d. The network's z is sqrt(v) d (bits: d).
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -144,8 +144,8 @@ def bound(model, x_0):
     All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    i)  log prior(x) is c + k x^2 (bits: c + k x). The mean of x^2 (bits: x) is that of the prior, 1
-        (m), in our data; steps keep it. So E log prior(x_t) = -H_prior (H: entropy) at all t.
+    i)  log prior(x) is c + k x^2 (bits: c + k x). So its mean depends on that of x^2 (bits: of x),
+        which is the same in the prior, in our data, and after each step: it is always -H_prior.
     ii) For p(x_0 | x_1), we choose z = 0: a step of q. By the swap (section 2), log p(x_0 | x_1) =
         log q(x_1 | x_0) + log prior(x_0) - log prior(x_1). By i, the priors cancel in the mean.
     """
@@ -155,7 +155,7 @@ def bound(model, x_0):
     p = process.p_reverse(model(x_t, t), x_t, t)
     q = process.q_posterior(x_0, x_t, t)
     kl = kl_divergence(q, p).sum(dim=1)
-    H_end = process.q(x_0, 0, T).entropy().sum(dim=1)  # -E log q(x_T | x_0)
+    H_end = process.q(x_0, 0, T).entropy().sum(dim=1)  # -E log q(x_T | x_0): H is entropy
     H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # -E log p(x_0 | x_1), by ii
     H_prior = x_0.shape[1] * process.prior.entropy()  # -E log p(x_T), by i
     K = -(T - 1) * kl + H_end - H_start - H_prior  # one random t stands for all T - 1
