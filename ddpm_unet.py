@@ -142,9 +142,9 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 # %% 4. Sampling
 # We want x_{t-1}, given x_t. But q_posterior needs x_0, too, and many x_0 fit x_t. Least squares
-# teaches means: eps_hat is about the mean of all eps that fit x_t, and x_0_hat that of these x_0.
-# As q_posterior's mean is linear in x_0, x_{t-1} has the right mean. The spread of these x_0 is
-# lost: in a small step, it would add little to the fresh noise.
+# teaches means: eps_hat is about the mean of all eps that fit x_t. So x_0_hat, solved from eq. 4,
+# is that of all x_0 that do. In place of x_0, it gives x_{t-1} the right mean (linear in x_0). The
+# spread of these x_0 is lost: in a small step, it would add little to the fresh noise.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -173,8 +173,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # By eq. 4, each (x_0, eps) moves along a path as t varies. Where paths cross, at x_t, we take a
-    # small step at their mean velocity, that of (x_0_hat, eps_hat): the flow of mass is the same.
+    # Fix x_0 and eps: by eq. 4, x_t moves along a path as t varies. Where paths cross, we take a
+    # small step at their mean velocity, that of x_0_hat and eps_hat: the flow of mass is the same.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
