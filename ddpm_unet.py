@@ -127,11 +127,11 @@ class UNet(nn.Module):
 
 
 # %% 3. Loss
-# If we know the noise in x_t, we know x_0 (eq. 4), and so the step back (q_posterior). That is why
-# the network guesses noise. A squared error is right for it: a bound on -log p(x_0), as in a VAE,
-# has a KL for each t > 1, which is a factor times this error (README, parts 3 and 4).
+# If we know the noise in x_t, we know x_0 (eq. 4), and so the step back: the network guesses noise.
+# As in a VAE, a bound on -log p(x_0) has a KL for each t > 1, between q_posterior of the true x_0
+# and of the guess: same variance, means linear in eps. So it is this loss times a factor (eq. 12).
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
-    """Return the loss of Algorithm 1: L_simple (eq. 14). It is eq. 12 without factor."""
+    """Return the loss of Algorithm 1: L_simple (eq. 14). Derived in the README, parts 3 and 4."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
@@ -173,8 +173,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Fix x_0 and eps: by eq. 4, x_t moves along a path as t varies. Where paths cross, we take a
-    # small step at their mean velocity, that of x_0_hat and eps_hat: the flow of mass is the same.
+    # Fix x_0 and eps, and vary t: eq. 4 draws a path. We follow the mean velocity of all paths at
+    # x_t, that of x_0_hat and eps_hat. Each place gains and loses as much: x_{t-1} fits eq. 4.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
