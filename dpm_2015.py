@@ -62,10 +62,10 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise, p must step back. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a)
 # be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
-#     prior(a) S(b | a) = prior(b) S(a | b): call it the swap. Let r(a) = q(x_{t-1} = a) / prior(a).
-# By Bayes' rule, up to factors without a, q(x_{t-1} = a | x_t = b) is S(b | a) prior(a) r(a), so
-# S(a | b) r(a): a step of q from b, times r. Steps are small: near b, r(a) is about exp(c + d a),
-# which moves N(mu, v) to N(mu + v d, v), log-odds by d. The network's z is sqrt(v) d (bits: d).
+#     prior(a) S(b | a) = prior(b) S(a | b): the swap. Write q(x_{t-1} = a) as prior(a) r(a). Then
+#     q(x_{t-1} = a | x_t = b) ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a)   (Bayes' rule, the swap),
+# where ~ drops factors without a: a step of q from b, times r. In small steps, or in noise, r is
+# about exp(c + d a): this moves N(mu, v) to N(mu + v d, v), log-odds by d. z: sqrt(v) d (bits: d).
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -144,9 +144,9 @@ def bound(model, x_0):
     All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    i)  log prior(x) is c + k x^2 (bits: c + k x). So its mean depends on that of x^2 (bits: of x),
-        which is the same in the prior, in our data, and after each step: it is always -H_prior.
-    ii) For p(x_0 | x_1), we choose z = 0: a step of q. By the swap (section 2), log p(x_0 | x_1) =
+    i)  The prior, our data and every x_t have the same mean of x^2 (bits: of x). As log prior(x)
+        is c + k x^2 (bits: c + k x), the mean of log prior is the same for all: -H_prior.
+    ii) For p(x_0 | x_1), we choose z = 0: a step of q, S(x_0 | x_1). By the swap, its log is
         log q(x_1 | x_0) + log prior(x_0) - log prior(x_1). By i, the priors cancel in the mean.
     """
     process, T = model.process, model.process.T
@@ -299,7 +299,7 @@ def evaluate(model, test_rows, num_samples, out):
 SAVED = ["dataset", "num_timesteps", "hidden_size"]  # options in model.pt
 SAVED += ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
 THREADS = torch.get_num_threads()
-ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # the least value, exclusive; else 0
+ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # values must be above these, or above 0
 
 
 def parse_options(argv):
