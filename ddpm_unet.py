@@ -128,10 +128,10 @@ class UNet(nn.Module):
 
 # %% 3. Loss
 # If we know the noise in x_t, we know x_0 (eq. 4), and so the step back: the network guesses noise.
-# As in a VAE, a bound on -log p(x_0) has a KL for each t > 1, between q_posterior of the true x_0
-# and of the guess: same variance, means linear in eps. So it is this loss times a factor (eq. 12).
+# The paper derives this loss from a bound on -log p(x_0), as in a VAE, but drops a factor that
+# depends on t (eq. 12): see the README, parts 3 and 4.
 def loss_simple(model, alpha_bars, x_0, labels, no_label):
-    """Return the loss of Algorithm 1: L_simple (eq. 14). Derived in the README, parts 3 and 4."""
+    """Return the loss of Algorithm 1 for images x_0 and their labels (B,): L_simple (eq. 14)."""
     t = torch.randint(1, len(alpha_bars), (len(x_0),))  # Algorithm 1, line 3
     eps = torch.randn_like(x_0)  # line 4
     x_t = q_sample(x_0, alpha_bars[t].view(-1, 1, 1, 1), eps)
@@ -143,8 +143,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # %% 4. Sampling
 # We want x_{t-1}, given x_t. But q_posterior needs x_0, too, and many x_0 fit x_t. Least squares
 # teaches means: eps_hat is about the mean of all eps that fit x_t. So x_0_hat, solved from eq. 4,
-# is that of all x_0 that do. In place of x_0, it gives x_{t-1} the right mean (linear in x_0). The
-# spread of these x_0 is lost: in a small step, it would add little to the fresh noise.
+# is about the mean of all x_0 that fit x_t. In place of x_0, it gives x_{t-1} the right mean, which
+# is linear in x_0. The spread of these x_0 is lost: in a small step, it would add little noise.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -173,8 +173,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Fix x_0 and eps, and vary t: eq. 4 draws a path. We follow the mean velocity of all paths at
-    # x_t, that of x_0_hat and eps_hat. Each place gains and loses as much: x_{t-1} fits eq. 4.
+    # Instead of fresh noise, we take that which we have: the same x_0_hat and eps_hat, at t - 1. Why
+    # small steps of this kind keep the distribution of x_t right: see the README, part 7.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

@@ -299,7 +299,7 @@ def evaluate(model, test_rows, num_samples, out):
 SAVED = ["dataset", "num_timesteps", "hidden_size"]  # options in model.pt
 SAVED += ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
 THREADS = torch.get_num_threads()
-ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # values must be above these, or above 0
+ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # and all others above 0
 
 
 def parse_options(argv):
