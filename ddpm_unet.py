@@ -173,8 +173,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Instead of fresh noise, we take that which we have: the same x_0_hat and eps_hat, at t - 1. Why
-    # small steps of this kind keep the distribution of x_t right: see the README, part 7.
+    # Instead of fresh noise, we take that which we have: the same x_0_hat and eps_hat, at t - 1.
+    # Why small steps of this kind keep the distribution of x_t right: see the README, part 7.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 
