@@ -141,10 +141,10 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 4. Sampling
-# We want x_{t-1}, given x_t. But q_posterior needs x_0, too, and many x_0 fit x_t. Least squares
-# teaches means: eps_hat is about the mean of all eps that fit x_t. So x_0_hat, solved from eq. 4,
-# is about the mean of all x_0 that fit x_t. In place of x_0, it gives x_{t-1} the right mean, which
-# is linear in x_0. The spread of these x_0 is lost: in a small step, it would add little noise.
+# We want x_{t-1}, given x_t. But q_posterior needs x_0, and many x_0 fit x_t. We use their mean:
+# least squares makes eps_hat about the mean of all eps that fit x_t, and eq. 4 then gives x_0_hat.
+# The mean of q_posterior is linear in x_0, so x_0_hat gives x_{t-1} the right mean. Only the noise
+# from not knowing x_0 is lost: little, as a small step moves x_t little, whichever x_0 is right.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""

@@ -63,9 +63,9 @@ def load_data(dataset, data_dir):
 # q adds noise, p must step back. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a)
 # be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
 #     prior(a) S(b | a) = prior(b) S(a | b): the swap. Write q(x_{t-1} = a) as prior(a) r(a). Then
-#     q(x_{t-1} = a | x_t = b) ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a)   (Bayes' rule, the swap),
-# where ~ drops factors without a: a step of q from b, times r. In small steps, or in noise, r is
-# about exp(c + d a): this moves N(mu, v) to N(mu + v d, v), log-odds by d. z: sqrt(v) d (bits: d).
+#     q(x_{t-1} = a | x_t = b) ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a)   (Bayes' rule, the swap):
+# a step of q from b, times r. (~ drops factors without a.) Small steps stay near b, where log r is
+# about c + d a: N(mu, v) gains v d in mu, log-odds gain d. The network gives z = sqrt(v) d, or d.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -100,7 +100,7 @@ class Gaussian(nn.Module):
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, 2 D) from the network
         z_mu, z_sigma = z.chunk(2, dim=1)  # z_sigma mends the width, as log r bends a little
-        step = self.q(x_t, t - 1, t)  # one more step of q, from x_t: this is p if z = 0
+        step = self.q(x_t, t - 1, t)  # one more step of q, from x_t: this is p if z = 0, as in noise (r = 1)
         mean = step.mean + step.stddev * z_mu  # as the authors' code does it; eq. 65 differs
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
         return Normal(mean, variance.sqrt())
@@ -146,8 +146,8 @@ def bound(model, x_0):
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
     i)  The prior, our data and every x_t have the same mean of x^2 (bits: of x). As log prior(x)
         is c + k x^2 (bits: c + k x), the mean of log prior is the same for all: -H_prior.
-    ii) For p(x_0 | x_1), we choose z = 0: a step of q, S(x_0 | x_1). By the swap, its log is
-        log q(x_1 | x_0) + log prior(x_0) - log prior(x_1). By i, the priors cancel in the mean.
+    ii) For p(x_0 | x_1), we choose z = 0: a step of q. By the swap (section 2), p(x_0 | x_1) is
+        q(x_1 | x_0) prior(x_0) / prior(x_1). In the mean of its log, the priors cancel, by i.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
