@@ -101,8 +101,8 @@ class UNet(nn.Module):
         self.attention = nn.MultiheadAttention(widths[-1], num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(widths[-1], widths[-1], E)
         self.ups = nn.ModuleList()
-        for C, C_below in reversed(pairs[1:]):  # (48, 96), then (24, 48); a skip has C channels
-            self.ups.append(ResBlock(C_below + C, C, E))
+        for C_skip, C_below in reversed(pairs[1:]):  # (48, 96), then (24, 48)
+            self.ups.append(ResBlock(C_below + C_skip, C_skip, E))
         self.last = conv(widths[0], channels)
 
     def forward(self, x_t, t, labels):

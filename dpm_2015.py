@@ -100,7 +100,7 @@ class Gaussian(nn.Module):
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, 2 D) from the network
         z_mu, z_sigma = z.chunk(2, dim=1)  # z_sigma mends the width, as log r bends a little
-        step = self.q(x_t, t - 1, t)  # one more step of q, from x_t: this is p if z = 0, as in noise (r = 1)
+        step = self.q(x_t, t - 1, t)  # one more step of q: this is p if z = 0, as in noise (r = 1)
         mean = step.mean + step.stddev * z_mu  # as the authors' code does it; eq. 65 differs
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
         return Normal(mean, variance.sqrt())
