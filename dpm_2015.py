@@ -64,8 +64,8 @@ def load_data(dataset, data_dir):
 # be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
 #     prior(a) S(b | a) = prior(b) S(a | b): the swap. Write q(x_{t-1} = a) as prior(a) r(a). Then
 #     q(x_{t-1} = a | x_t = b) ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a)   (Bayes' rule, the swap):
-# a step of q from b, times r. (~ drops factors without a.) Small steps stay near b, where log r is
-# about c + d a: N(mu, v) gains v d in mu, log-odds gain d. The network gives z = sqrt(v) d, or d.
+# a step of q from b, times r (~ drops factors without a). A small step stays near b: r ~ exp(d a)
+# there. So N(mu, v) becomes N(mu + v d, v), log-odds gain d. The network gives z: sqrt(v) d, or d.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -139,8 +139,8 @@ def bound(model, x_0):
 
     x_1, ..., x_T are to x_0 what the latent variable is in a VAE. As there, by Jensen's inequality,
         E log p(x_0) >= E log [p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)] = K,
-    with the mean E over data and q. p is p(x_T) times all p(x_{t-1} | x_t). q has, by Bayes' rule,
-        q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)] for t >= 2.
+    E is over data and q. p is p(x_T) times all p(x_{t-1} | x_t). Given x_{t-1}, x_t ignores x_0. So
+        q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)], t >= 2 (Bayes).
     All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
