@@ -64,8 +64,8 @@ def load_data(dataset, data_dir):
 # be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
 #     prior(a) S(b | a) = prior(b) S(a | b): the swap. Write q(x_{t-1} = a) as prior(a) r(a). Then
 #     q(x_{t-1} = a | x_t = b) ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a)   (Bayes' rule, the swap):
-# a step of q from b, times r (~ drops factors without a). A small step stays near b: r ~ exp(d a)
-# there. So N(mu, v) becomes N(mu + v d, v), log-odds gain d. The network gives z: sqrt(v) d, or d.
+# a step of q from b, times r (~ drops factors without a). A small step stays near b. There, log r is
+# a line of slope d: r ~ exp(d a). So N(mu, v) becomes N(mu + v d, v), log-odds gain d. z tells d.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -101,7 +101,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, 2 D) from the network
         z_mu, z_sigma = z.chunk(2, dim=1)  # z_sigma mends the width, as log r bends a little
         step = self.q(x_t, t - 1, t)  # one more step of q: this is p if z = 0, as in noise (r = 1)
-        mean = step.mean + step.stddev * z_mu  # as the authors' code does it; eq. 65 differs
+        mean = step.mean + step.stddev * z_mu  # stddev z_mu = v d (authors' code; eq. 65 differs)
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
         return Normal(mean, variance.sqrt())
 
@@ -141,7 +141,7 @@ def bound(model, x_0):
         E log p(x_0) >= E log [p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)] = K,
     E is over data and q. p is p(x_T) times all p(x_{t-1} | x_t). Given x_{t-1}, x_t ignores x_0. So
         q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)], t >= 2 (Bayes).
-    All brackets, times the first step q(x_1 | x_0), multiply to q(x_T | x_0): the rest cancels. So
+    q(x_1 | x_0) times all brackets is q(x_T | x_0): each numerator cancels the next denominator. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
     i)  The prior, our data and every x_t have the same mean of x^2 (bits: of x). As log prior(x)
