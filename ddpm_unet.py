@@ -95,13 +95,13 @@ class UNet(nn.Module):
         self.label_embedding = nn.Embedding(num_classes + 1, E)
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.downs = nn.ModuleList()
-        for C_in, C in pairs[:-1]:
+        for C_in, C in pairs[:-1]:  # each output is also kept for the way up: a skip
             self.downs.append(ResBlock(C_in, C, E))
         self.middle_1 = ResBlock(*pairs[-1], E)
         self.attention = nn.MultiheadAttention(widths[-1], num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(widths[-1], widths[-1], E)
         self.ups = nn.ModuleList()
-        for C_skip, C_below in reversed(pairs[1:]):  # (48, 96), then (24, 48)
+        for C_skip, C_below in reversed(pairs[1:]):  # 96 from below and a skip's 48 become 48, ...
             self.ups.append(ResBlock(C_below + C_skip, C_skip, E))
         self.last = conv(widths[0], channels)
 
@@ -141,10 +141,10 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 4. Sampling
-# We want x_{t-1}, given x_t. But q_posterior needs x_0, and many x_0 fit x_t. We use their mean:
-# least squares makes eps_hat about the mean of all eps that fit x_t, and eq. 4 then gives x_0_hat.
-# The mean of q_posterior is linear in x_0, so x_0_hat gives x_{t-1} the right mean. Only the noise
-# from not knowing x_0 is lost: little, as a small step moves x_t little, whichever x_0 is right.
+# We want x_{t-1}, given x_t. The true step draws an x_0 that fits x_t, then uses q_posterior, whose
+# mean is linear in x_0. So with the mean of these x_0, we get the right mean, and lose only their
+# spread: little in a small step. Least squares teaches means: eps_hat is about the mean of all eps
+# that fit x_t, and x_0_hat, which follows from it by eq. 4, is about the mean of these x_0.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
@@ -173,8 +173,8 @@ def p_sample(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Take a step of DDIM, without fresh noise: arXiv 2010.02502, eq. 12, with sigma = 0."""
-    # Instead of fresh noise, we take that which we have: the same x_0_hat and eps_hat, at t - 1.
-    # Why small steps of this kind keep the distribution of x_t right: see the README, part 7.
+    # With the true x_0 and eps, this is eq. 4 at t - 1, with the same noise. Ours are only means:
+    # so we take small steps, and guess again. Why the samples are right: see the README, part 7.
     eps_hat = (x_t - alpha_bar**0.5 * x_0_hat) / (1 - alpha_bar) ** 0.5  # again, after the clamp
     return q_sample(x_0_hat, alpha_bar_prev, eps_hat)
 

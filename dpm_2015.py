@@ -64,8 +64,8 @@ def load_data(dataset, data_dir):
 # be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
 #     prior(a) S(b | a) = prior(b) S(a | b): the swap. Write q(x_{t-1} = a) as prior(a) r(a). Then
 #     q(x_{t-1} = a | x_t = b) ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a)   (Bayes' rule, the swap):
-# a step of q from b, times r (~ drops factors without a). A small step stays near b. There, log r is
-# a line of slope d: r ~ exp(d a). So N(mu, v) becomes N(mu + v d, v), log-odds gain d. z tells d.
+# a step of q from b, times r (~ drops factors without a). A small step stays near b; there log r
+# is a line of slope d: r ~ exp(d a). N(mu, v) becomes N(mu + v d, v), log-odds gain d. z tells d.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 

@@ -131,15 +131,15 @@ def q_posterior(schedule, x_0, x_t, t):
     variance_t = beta / (1 - beta)  # the division enlarges the noise, too
     weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
     mean = weight * mean_0 + (1 - weight) * mean_t
-    variance = weight * variance_0  # beta_tilde. The paper also tries beta: much larger at small t
+    variance = weight * variance_0  # beta_tilde. The paper also tries beta: larger at small t
     return mean, variance**0.5
 
 
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    x_0_hat is about the mean of all x_0 that fit x_t. As q_posterior's mean is linear in x_0, ours
-    is right. The spread of these x_0 is lost: in a small step, it would add little to the noise.
+    The true step draws an x_0 that fits x_t, then uses q_posterior, whose mean is linear in x_0.
+    So the mean of these x_0, about x_0_hat, gives the right mean. We lose only their spread.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, linear in eps
