@@ -9,7 +9,7 @@ noise in x_t. With its guesses, we go back from pure noise to a new image, in ma
     torchrun --nproc_per_node=4 ddpm_unet.py                MNIST, on four GPUs
 
 x is (B, C, H, W): B images with C = 1 (grey) or 3 channels. In x_0, pixels are from -1 to 1.
-Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise. Tensors are on --device.
+Steps are t = 1..T, as in the paper: x_0 is data, x_T is noise. torch makes tensors on --device.
 """
 
 import json
@@ -101,7 +101,7 @@ class UNet(nn.Module):
         self.attention = nn.MultiheadAttention(widths[-1], num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(widths[-1], widths[-1], E)
         self.ups = nn.ModuleList()
-        for C_skip, C_below in reversed(pairs[1:]):  # 96 from below and a skip's 48 become 48, ...
+        for C_skip, C_below in reversed(pairs[1:]):  # (48, 96), (24, 48); first, 96 + 48 to 48
             self.ups.append(ResBlock(C_below + C_skip, C_skip, E))
         self.last = conv(widths[0], channels)
 
@@ -141,10 +141,10 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 4. Sampling
-# We want x_{t-1}, given x_t. The true step draws an x_0 that fits x_t, then uses q_posterior, whose
-# mean is linear in x_0. So with the mean of these x_0, we get the right mean, and lose only their
-# spread: little in a small step. Least squares teaches means: eps_hat is about the mean of all eps
-# that fit x_t, and x_0_hat, which follows from it by eq. 4, is about the mean of these x_0.
+# The true step draws x_0 from q(x_0 | x_t), then x_{t-1} from q_posterior. We lack q(x_0 | x_t),
+# but x_0_hat is about its mean: least squares teaches means, so eps_hat is about the mean of eps
+# given x_t, and eq. 4 is linear. q_posterior's mean is linear in x_0, too, so x_0_hat gives x_{t-1}
+# the right mean. Only the spread of q(x_0 | x_t) is lost: little in a small step.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""

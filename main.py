@@ -138,8 +138,8 @@ def q_posterior(schedule, x_0, x_t, t):
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    The true step draws an x_0 that fits x_t, then uses q_posterior, whose mean is linear in x_0.
-    So the mean of these x_0, about x_0_hat, gives the right mean. We lose only their spread.
+    The true step draws x_0 from q(x_0 | x_t), then x_{t-1} from q_posterior, whose mean is linear
+    in x_0. So the mean of these x_0, about x_0_hat, gives the right mean. Only spread is lost.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, linear in eps
