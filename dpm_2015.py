@@ -62,10 +62,10 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise, p must step back. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a)
 # be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
-#     prior(a) S(b | a) = prior(b) S(a | b): the swap. Write q(x_{t-1} = a) as prior(a) r(a). Then
-#     q(x_{t-1} = a | x_t = b) ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a)   (Bayes' rule, the swap):
-# a step of q from b, times r (~ drops factors without a). A small step stays near b; there log r
-# is a line of slope d: r ~ exp(d a). N(mu, v) becomes N(mu + v d, v), log-odds gain d. z tells d.
+#     prior(a) S(b | a) = prior(b) S(a | b)   (the swap).   Let r(a) = q(x_{t-1} = a) / prior(a).
+# By Bayes' rule and the swap, up to factors without a (~), q(x_{t-1} = a | x_t = b) is
+#     S(b | a) prior(a) r(a) ~ S(a | b) r(a): a step of q from b, times r. A small step sees only
+# the slope d of log r: r ~ exp(d a). N(mu, v) becomes N(mu + v d, v), log-odds gain d. z gives d.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -101,7 +101,7 @@ class Gaussian(nn.Module):
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, 2 D) from the network
         z_mu, z_sigma = z.chunk(2, dim=1)  # z_sigma mends the width, as log r bends a little
         step = self.q(x_t, t - 1, t)  # one more step of q: this is p if z = 0, as in noise (r = 1)
-        mean = step.mean + step.stddev * z_mu  # stddev z_mu = v d (authors' code; eq. 65 differs)
+        mean = step.mean + step.stddev * z_mu  # mu + v d, if d is z_mu / stddev; eq. 65 differs
         variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
         return Normal(mean, variance.sqrt())
 
@@ -144,10 +144,10 @@ def bound(model, x_0):
     q(x_1 | x_0) times all brackets is q(x_T | x_0): each numerator cancels the next denominator. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    i)  The prior, our data and every x_t have the same mean of x^2 (bits: of x). As log prior(x)
-        is c + k x^2 (bits: c + k x), the mean of log prior is the same for all: -H_prior.
-    ii) For p(x_0 | x_1), we choose z = 0: a step of q. By the swap (section 2), p(x_0 | x_1) is
-        q(x_1 | x_0) prior(x_0) / prior(x_1). In the mean of its log, the priors cancel, by i.
+    i)  E log prior(x_t) is -H_prior for every t, 0 too: log prior(x) is c + k x^2 (bits: c + k x),
+        and the prior, our data and every x_t have the same mean of x^2 (bits: of x).
+    ii) For p(x_0 | x_1), we choose z = 0: a step S(x_0 | x_1) of q. By the swap (a = x_0, b = x_1)
+        it is q(x_1 | x_0) prior(x_0) / prior(x_1). In the mean of its log, priors cancel, by i.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
