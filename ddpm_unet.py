@@ -141,10 +141,10 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 4. Sampling
-# The true step draws x_0 from q(x_0 | x_t), then x_{t-1} from q_posterior. We lack q(x_0 | x_t),
-# but x_0_hat is about its mean: least squares teaches means, so eps_hat is about the mean of eps
-# given x_t, and eq. 4 is linear. q_posterior's mean is linear in x_0, too, so x_0_hat gives x_{t-1}
-# the right mean. Only the spread of q(x_0 | x_t) is lost: little in a small step.
+# Eq. 4 turns eps_hat into x_0_hat. Least squares teaches means, so eps_hat is about the mean of
+# eps given x_t, and x_0_hat that of x_0. The true step draws x_0 from q(x_0 | x_t), then x_{t-1}
+# from q_posterior, whose mean is linear in x_0: x_0_hat in place of x_0 leaves it right. What is
+# lost is the spread of x_0, times its weight in q_posterior: little, if the step is small.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""

@@ -332,7 +332,9 @@ BAD = [
     *((f"--{flag} 0", f"--{flag}") for flag in ["image_size", "num_epochs", "learning_rate"]),
     *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in BAD_CHECKPOINTS),
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
-    *((f"--checkpoint {name}", " fit") for name in ["model.pt --base_channels 16", "odd.pt"]),
+    ("--checkpoint model.pt --base_channels 16", "does not fit channels"),
+    ("--checkpoint model.pt --num_timesteps 30", "does not fit channels"),
+    ("--checkpoint odd.pt", "does not fit: RuntimeError"),
     ("--label 0 3", "--label: choose from 0 to 2"),  # before training
     *((options, "holds a model") for options in ["--output_dir .", "--resume copy.pt"]),
     ("--output_dir file/out", "file"),
