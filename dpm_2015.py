@@ -62,10 +62,10 @@ def load_data(dataset, data_dir):
 # %% 2. Two kinds of diffusion
 # q adds noise, p must step back. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a)
 # be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
-#     prior(a) S(b | a) = prior(b) S(a | b)   (the swap).   Let r(a) = q(x_{t-1} = a) / prior(a).
-# By Bayes' rule and the swap, up to factors without a (~), q(x_{t-1} = a | x_t = b) is
-#     S(b | a) prior(a) r(a) ~ S(a | b) r(a): a step of q from b, times r. A small step sees only
-# the slope d of log r: r ~ exp(d a). N(mu, v) becomes N(mu + v d, v), log-odds gain d. z gives d.
+#     prior(a) S(b | a) = prior(b) S(a | b)   (the swap).   Write q(x_{t-1} = a) as prior(a) r(a).
+# Bayes' rule, then the swap, up to factors without a (~): q(x_{t-1} = a | x_t = b)
+#     ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a): a step of q from b, times r. In a small step
+# log r is a line of slope d: N(mu, v) exp(d a) ~ N(mu + v d, v), log-odds gain d. z will give d.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -144,10 +144,10 @@ def bound(model, x_0):
     q(x_1 | x_0) times all brackets is q(x_T | x_0): each numerator cancels the next denominator. So
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    i)  E log prior(x_t) is -H_prior for every t, 0 too: log prior(x) is c + k x^2 (bits: c + k x),
-        and the prior, our data and every x_t have the same mean of x^2 (bits: of x).
+    i)  The prior, our data and every x_t have the same mean of x^2 (bits: of x), and log prior(x)
+        is c + k x^2 (bits: c + k x). So E log prior(x_t) is the same for all t, 0 too: -H_prior.
     ii) For p(x_0 | x_1), we choose z = 0: a step S(x_0 | x_1) of q. By the swap (a = x_0, b = x_1)
-        it is q(x_1 | x_0) prior(x_0) / prior(x_1). In the mean of its log, priors cancel, by i.
+        it is q(x_1 | x_0) prior(x_0) / prior(x_1). By i, its E log is that of q(x_1 | x_0).
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
