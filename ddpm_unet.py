@@ -141,10 +141,10 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 4. Sampling
-# Eq. 4 turns eps_hat into x_0_hat. Least squares teaches means: given x_t, eps_hat is about the
-# mean of eps, and x_0_hat that of x_0. The true step draws x_0 from q(x_0 | x_t), then x_{t-1} from
-# q_posterior. With x_0_hat, x_{t-1} keeps its mean (linear in x_0), but loses the spread due to
-# x_0. Little is lost in a small step: x_0 weighs little, or (at small t) x_t almost tells x_0.
+# Eq. 4 turns eps_hat into x_0_hat. Least squares teaches means: given x_t, and without guidance,
+# eps_hat is about the mean of eps, and x_0_hat that of x_0. The true step draws x_0 from
+# q(x_0 | x_t), then x_{t-1} from q_posterior. With x_0_hat, x_{t-1} keeps its mean (linear in x_0),
+# but loses the spread of x_0: little in a small step, for x_0 weighs little, or is almost known.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""

@@ -65,7 +65,7 @@ def load_data(dataset, data_dir):
 #     prior(a) S(b | a) = prior(b) S(a | b)   (the swap).   Write q(x_{t-1} = a) as prior(a) r(a).
 # Bayes' rule, then the swap, up to factors without a (~): q(x_{t-1} = a | x_t = b)
 #     ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a): a step of q from b, times r. In a small step
-# log r is a line of slope d: N(mu, v) exp(d a) ~ N(mu + v d, v), log-odds gain d. z will give d.
+# log r is about c + d a: N(mu, v) exp(d a) ~ N(mu + v d, v), log-odds gain d. z will give d.
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
