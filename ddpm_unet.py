@@ -101,7 +101,7 @@ class UNet(nn.Module):
         self.attention = nn.MultiheadAttention(widths[-1], num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(widths[-1], widths[-1], E)
         self.ups = nn.ModuleList()
-        for C_skip, C_below in reversed(pairs[1:]):  # (48, 96), (24, 48); first, 96 + 48 to 48
+        for C_skip, C_below in reversed(list(zip(widths, widths[1:]))):  # (48, 96), (24, 48)
             self.ups.append(ResBlock(C_below + C_skip, C_skip, E))
         self.last = conv(widths[0], channels)
 
@@ -141,10 +141,10 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 
 # %% 4. Sampling
-# Eq. 4 turns eps_hat into x_0_hat. Least squares teaches means: given x_t, and without guidance,
-# eps_hat is about the mean of eps, and x_0_hat that of x_0. The true step draws x_0 from
-# q(x_0 | x_t), then x_{t-1} from q_posterior. With x_0_hat, x_{t-1} keeps its mean (linear in x_0),
-# but loses the spread of x_0: little in a small step, for x_0 weighs little, or is almost known.
+# Eq. 4 turns eps_hat into x_0_hat. Least squares teaches means, so x_0_hat is about the mean of
+# all x_0 that fit x_t (without guidance). The true step draws one of them, x_0, and x_{t-1} from
+# q_posterior. x_0_hat gives x_{t-1} the same mean, but less variance; in small steps, barely less:
+# at large t, weight in q_posterior is small; at small t, all x_0 that fit x_t are almost the same.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""
