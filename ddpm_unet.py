@@ -101,7 +101,7 @@ class UNet(nn.Module):
         self.attention = nn.MultiheadAttention(widths[-1], num_heads=1, batch_first=True)
         self.middle_2 = ResBlock(widths[-1], widths[-1], E)
         self.ups = nn.ModuleList()
-        for C_skip, C_below in reversed(list(zip(widths, widths[1:]))):  # (48, 96), (24, 48)
+        for C_skip, C_below in reversed(pairs[1:]):  # (48, 96), (24, 48); first, 96 + 48 to 48
             self.ups.append(ResBlock(C_below + C_skip, C_skip, E))
         self.last = conv(widths[0], channels)
 

@@ -131,15 +131,15 @@ def q_posterior(schedule, x_0, x_t, t):
     variance_t = beta / (1 - beta)  # the division enlarges the noise, too
     weight = variance_t / (variance_0 + variance_t)  # 1/variance_0 / (1/variance_0 + 1/variance_t)
     mean = weight * mean_0 + (1 - weight) * mean_t
-    variance = weight * variance_0  # beta_tilde. The paper also tries beta: larger at small t
+    variance = weight * variance_0  # beta_tilde. The paper also tries beta, which is larger
     return mean, variance**0.5
 
 
 def p_sample(model, schedule, x_t, t, predict, limit):
     """Take a step of Algorithm 2: draw x_{t-1} from q_posterior, with x_0_hat in place of x_0.
 
-    The true step draws x_0 from q(x_0 | x_t), then x_{t-1} from q_posterior, whose mean is linear
-    in x_0. So the mean of these x_0, about x_0_hat, gives the right mean. Only spread is lost.
+    The true step first draws x_0 from q(x_0 | x_t), whose mean is about x_0_hat (section 4).
+    q_posterior's mean is linear in x_0: the mean stays right. A small step loses little spread.
     """
     output = model(x_t, torch.full((len(x_t),), t))
     from_eps = (x_t - schedule.noise_std[t] * output) / schedule.signal[t]  # eq. 15, linear in eps
