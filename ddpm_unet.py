@@ -142,8 +142,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 
 # %% 4. Sampling
 # Eq. 4 turns eps_hat into x_0_hat. Least squares teaches means, so x_0_hat is about the mean of
-# all x_0 that fit x_t (without guidance). The true step draws one of them, x_0, and x_{t-1} from
-# q_posterior. x_0_hat gives x_{t-1} the same mean, but less variance; in small steps, barely less:
+# all x_0 that fit x_t (without guidance). The true step draws one of these x_0 for q_posterior.
+# With x_0_hat in its place, x_{t-1} has the same mean, and in small steps barely less variance:
 # at large t, weight in q_posterior is small; at small t, all x_0 that fit x_t are almost the same.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):

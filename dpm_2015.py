@@ -138,10 +138,10 @@ def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
     x_1, ..., x_T are to x_0 what the latent variable is in a VAE. As there, by Jensen's inequality,
-        E log p(x_0) >= E log [p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)] = K,
-    E is over data and q. p is p(x_T) times all p(x_{t-1} | x_t). Given x_{t-1}, x_t ignores x_0. So
+        E log p(x_0) >= E log [p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)] = K.
+    E averages over data and q. p is p(x_T) times all p(x_{t-1} | x_t). As x_t sees only x_{t-1},
         q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)], t >= 2 (Bayes).
-    q(x_1 | x_0) times all brackets is q(x_T | x_0): each numerator cancels the next denominator. So
+    q(x_1 | x_0) times all brackets is q(x_T | x_0): each numerator cancels the next denominator.
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
     i)  The prior, our data and every x_t have the same mean of x^2 (bits: of x), and log prior(x)
