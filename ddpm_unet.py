@@ -182,11 +182,10 @@ def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 # %% 5. Training
 RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD_SIZE processes and numbers them
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-SIGNALS = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives; train then stops early
 
 
 def train(net, ema, images, labels, options, path, state):
-    """Train net by Algorithm 1, with a moving average ema. state is {}, or what to resume."""
+    """Train net by Algorithm 1. Average it in ema. state: {}, or what to resume. Return signals."""
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
     alpha_bars = make_schedule(options["num_timesteps"]).float().to(images.device)
     optimizer = torch.optim.Adam(net.parameters(), options["learning_rate"])
@@ -196,9 +195,9 @@ def train(net, ema, images, labels, options, path, state):
     start = state.get("step", 0)
     end = max(1, options["num_epochs"] * len(images) // options["train_batch_size"])
     B = max(1, options["train_batch_size"] // WORLD_SIZE)  # the share of this process
-    SIGNALS.clear()
+    signals = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives: then stop early
     for number in (signal.SIGINT, signal.SIGTERM):  # they now wait for the end of a step
-        signal.signal(number, lambda signum, frame: SIGNALS.append(signum))
+        signal.signal(number, lambda signum, frame: signals.append(signum))
     bar = tqdm(range(start, end), "training", end, initial=start, disable=RANK > 0)
     for step in bar:
         torch.manual_seed((options["seed"] * 10**9 + step) * WORLD_SIZE + RANK)  # same if resumed
@@ -213,7 +212,7 @@ def train(net, ema, images, labels, options, path, state):
         for average, weight in zip(ema.parameters(), net.parameters()):
             average.lerp_(weight.detach(), 1 - decay)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        stop = torch.tensor(len(SIGNALS))
+        stop = torch.tensor(len(signals))
         if WORLD_SIZE > 1:
             distributed.all_reduce(stop)  # adds up all processes: they stop after the same step
         if RANK == 0 and ((step + 1) % 200 == 0 or step + 1 == end or stop > 0):
@@ -228,6 +227,7 @@ def train(net, ema, images, labels, options, path, state):
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return signals
 
 
 # %% 6. Data
@@ -380,8 +380,8 @@ def main(argv=None):
             sys.exit(f"ddpm_unet.py: error: the checkpoint does not fit: {error!r:.200}")
     out.mkdir(parents=True, exist_ok=True)
     if args.checkpoint is None:
-        train(net, ema, images, labels, options, out / "model.pt", state)
-        if RANK > 0 or signal.SIGTERM in SIGNALS:  # Ctrl-C goes on to sample
+        signals = train(net, ema, images, labels, options, out / "model.pt", state)
+        if RANK > 0 or signal.SIGTERM in signals:  # Ctrl-C goes on to sample
             sys.exit()
         some = images[:: 1 + len(images) // 100]  # up to a hundred, evenly spread
         imageio.imwrite(out / "data.png", tile(some / 127.5 - 1, 10, scale=2))

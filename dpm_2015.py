@@ -13,6 +13,7 @@ x is (B, D): B examples of D numbers or bits. t is one number, or (B, 1): one fo
 
 import json
 import math
+import signal
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -60,31 +61,28 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion
-# q adds noise, p must step back. The prior is pure noise: N(0, 1), or bits of mean m. Let S(b | a)
-# be a step of q, from a to b. A film of pure noise looks the same when it is run backwards, so
-#     prior(a) S(b | a) = prior(b) S(a | b)   (the swap).   Write q(x_{t-1} = a) as prior(a) r(a).
-# Bayes' rule, then the swap, up to factors without a (~): q(x_{t-1} = a | x_t = b)
-#     ~ S(b | a) prior(a) r(a) ~ S(a | b) r(a): a step of q from b, times r. In a small step
-# log r is about c + d a: N(mu, v) exp(d a) ~ N(mu + v d, v), log-odds gain d. z will give d.
+# q adds noise. It ends in the prior, pure noise: numbers from N(0, 1), or bits of mean m. A film of
+# pure noise looks the same when it runs backwards: there, a step back is one more step of q. If the
+# noise still holds some data, a small step back differs little from that, and the network learns
+# how: its z moves the mean of a bell curve, or is added to the log-odds of a bit (README, part 10).
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
-    def __init__(self, T, beta_1, learn_betas):  # beta_1 stays fixed, as in the paper
+    def __init__(self, T, beta_1, learn_betas):  # beta_1 is not learned: it could shrink to overfit
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
         self.sample = Normal.rsample  # smooth in the betas: they get gradients
         self.z_per_number = 2  # z_mu and z_sigma
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
-        # Steps 1 to t at once: N(sqrt(A) x_0, 1 - A), where A = alpha_bar_t = product of 1 - beta_s
-        self.noise_levels = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # logit of noise
-        noise = self.noise_levels.sigmoid()  # 1 - alpha_bar_t: at first from beta_1 to 0.999
+        self.noise_levels = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # as log-odds
+        noise = self.noise_levels.sigmoid()  # 1 - alpha_bar_t (see q): from beta_1 to 0.999
         betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
 
     def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
         betas = torch.cat((self.fixed_betas, self.logit_betas.sigmoid()))  # (T + 1,)
-        log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # log1p(-b) is log(1 - b)
+        log_alpha_bars = torch.log1p(-betas).cumsum(dim=0)  # alpha_bar_t: all (1 - beta) up to t
         log_alpha = log_alpha_bars[t] - log_alpha_bars[s]  # log((1 - beta_{s+1}) ... (1 - beta_t))
         variance = -torch.expm1(log_alpha)  # 1 - alpha, precise also near 0
         return Normal((log_alpha / 2).exp() * x_s, variance.sqrt())
@@ -99,10 +97,10 @@ class Gaussian(nn.Module):
         return Normal(mean, (weight * before.variance).sqrt())  # inverse variances add up
 
     def p_reverse(self, z, x_t, t):  # p(x_{t-1} | x_t), for z (B, 2 D) from the network
-        z_mu, z_sigma = z.chunk(2, dim=1)  # z_sigma mends the width, as log r bends a little
-        step = self.q(x_t, t - 1, t)  # one more step of q: this is p if z = 0, as in noise (r = 1)
-        mean = step.mean + step.stddev * z_mu  # mu + v d, if d is z_mu / stddev; eq. 65 differs
-        variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: within 0..1
+        z_mu, z_sigma = z.chunk(2, dim=1)  # each (B, D): corrections of the mean and of the width
+        step = self.q(x_t, t - 1, t)  # one more step of q, from x_t: this is p if z = 0
+        mean = step.mean + step.stddev * z_mu  # eq. 65 differs: see the README, part 10
+        variance = (step.variance.logit() + z_sigma).sigmoid()  # eq. 64: always within 0..1
         return Normal(mean, variance.sqrt())
 
 
@@ -138,16 +136,12 @@ def bound(model, x_0):
     """Return estimates (B,) of K (eq. 14) in bits, for x_0 (B, D), and the random t (B, 1) used.
 
     x_1, ..., x_T are to x_0 what the latent variable is in a VAE. As there, by Jensen's inequality,
-        E log p(x_0) >= E log [p(x_0, ..., x_T) / q(x_1, ..., x_T | x_0)] = K.
-    E averages over data and q. p is p(x_T) times all p(x_{t-1} | x_t). As x_t sees only x_{t-1},
-        q(x_t | x_{t-1}) = q(x_{t-1} | x_t, x_0) [q(x_t | x_0) / q(x_{t-1} | x_0)], t >= 2 (Bayes).
-    q(x_1 | x_0) times all brackets is q(x_T | x_0): each numerator cancels the next denominator.
+        E log p(x_0) >= E [log p(x_0, ..., x_T) - log q(x_1, ..., x_T | x_0)] = K.
+    Write both from x_T back to x_0: p as p(x_T) times all p(x_{t-1} | x_t), and q as q(x_T | x_0)
+    times all q(x_{t-1} | x_t, x_0), t >= 2. Each step of q meets one of p; p(x_0 | x_1) has none:
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    i)  The prior, our data and every x_t have the same mean of x^2 (bits: of x), and log prior(x)
-        is c + k x^2 (bits: c + k x). So E log prior(x_t) is the same for all t, 0 too: -H_prior.
-    ii) For p(x_0 | x_1), we choose z = 0: a step S(x_0 | x_1) of q. By the swap (a = x_0, b = x_1)
-        it is q(x_1 | x_0) prior(x_0) / prior(x_1). By i, its E log is that of q(x_1 | x_0).
+    For data with the mean square of the prior (bits: its mean), the last three are entropies H.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
@@ -155,9 +149,9 @@ def bound(model, x_0):
     p = process.p_reverse(model(x_t, t), x_t, t)
     q = process.q_posterior(x_0, x_t, t)
     kl = kl_divergence(q, p).sum(dim=1)
-    H_end = process.q(x_0, 0, T).entropy().sum(dim=1)  # -E log q(x_T | x_0): H is entropy
-    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # -E log p(x_0 | x_1), by ii
-    H_prior = x_0.shape[1] * process.prior.entropy()  # -E log p(x_T), by i
+    H_end = process.q(x_0, 0, T).entropy().sum(dim=1)  # -E log q(x_T | x_0)
+    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # -E log p(x_0 | x_1), which is a step of q
+    H_prior = x_0.shape[1] * process.prior.entropy()  # -E log p(x_T). Why: see the README, part 9
     K = -(T - 1) * kl + H_end - H_start - H_prior  # one random t stands for all T - 1
     return K / math.log(2), t
 
@@ -207,7 +201,6 @@ def p_sample_loop(model, shape):
     yield 0, x
 
 
-@torch.no_grad()
 def inpaint(model, x_0, known, passes=10):
     """Return x_0 (B, D) with new values where known (D,) is false: RePaint, arXiv 2201.09865."""
     process = model.process
@@ -224,12 +217,15 @@ def inpaint(model, x_0, known, passes=10):
 
 # %% 6. Training
 def train(model, rows, options, path, state):
-    """Maximise K (for digits, weighted) with Adam. state is {}, or the checkpoint to go on from."""
+    """Maximise K (for digits, weighted). state is {}, or what to resume. Return signals."""
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     if state:
         optimizer.load_state_dict(state["optimizer"])
     start = state.get("step", 0)
     end = options["num_training_steps"]
+    signals = []  # filled when Ctrl-C (SIGINT) or SIGTERM arrives: then stop early
+    for number in (signal.SIGINT, signal.SIGTERM):  # they now wait for the end of a step
+        signal.signal(number, lambda signum, frame: signals.append(signum))
     bar = tqdm(range(start, end), "training", end, initial=start)
     for step in bar:
         torch.manual_seed(options["seed"] * 10**9 + step)  # resuming draws the same
@@ -245,13 +241,18 @@ def train(model, rows, options, path, state):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(K=f"{K.mean():.2f} bits", refresh=False)
-        if (step + 1) % 250 == 0 or step + 1 == end:
+        if (step + 1) % 250 == 0 or step + 1 == end or signals:
             if not K.isfinite().all():
                 sys.exit("dpm_2015.py: error: K is not finite: lower --learning_rate")
             weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             with path.with_suffix(".part").open("wb") as file:
                 torch.save({"options": options, "step": step + 1, **weights}, file)
             path.with_suffix(".part").replace(path)  # so that model.pt is never half-written
+        if signals:
+            break
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return signals
 
 
 # %% 7. Pictures and figures
@@ -376,10 +377,9 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     if args.checkpoint is None:
         options = {name: getattr(args, name) for name in SAVED}
-        try:
-            train(model, rows, options, out / "model.pt", state)
-        except KeyboardInterrupt:
-            print("Training ends early. Samples follow. --resume goes on from model.pt, if saved")
+        signals = train(model, rows, options, out / "model.pt", state)
+        if signal.SIGTERM in signals:  # but after Ctrl-C, sample
+            sys.exit()
     torch.manual_seed(args.seed)  # so that a checkpoint gives the same samples again
     x, y, figures = evaluate(model, test_rows, args.num_samples, out)
     np.save(out / "samples.npy", (x * scale + shift).cpu())

@@ -3,6 +3,7 @@
 import gzip
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -78,6 +79,19 @@ def run_script(script, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, options)])
         runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def interrupt(monkeypatch, script, loss, number):
+    """Send a signal to this process in the fourth step of training, before the loss."""
+    steps = iter(range(9))
+
+    def interrupted(*args):
+        if next(steps, None) == 3:
+            assert callable(signal.getsignal(number))  # or SIGTERM would end pytest
+            signal.raise_signal(number)
+        return loss(*args)
+
+    monkeypatch.setattr(script, loss.__name__, interrupted)
 
 
 def error_of(script, options, folder, capsys):

@@ -280,16 +280,7 @@ def test_sampling_needs_only_the_checkpoint(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("number", "more"), [(signal.SIGTERM, set()), (signal.SIGINT, ALL)])
 def test_early_end_and_resume(trained, tmp_path, monkeypatch, number, more):
     """A signal ends training; Ctrl-C draws samples, too. Resumed, all is bit for bit the same."""
-    steps = iter(range(9))
-    loss_simple = ddpm.loss_simple
-
-    def interrupted(*args):
-        if next(steps, None) == 3:
-            assert callable(signal.getsignal(number))  # or SIGTERM would end pytest
-            signal.raise_signal(number)
-        return loss_simple(*args)
-
-    monkeypatch.setattr(ddpm, "loss_simple", interrupted)
+    conftest.interrupt(monkeypatch, ddpm, ddpm.loss_simple, number)
     with suppress(SystemExit):
         run(tmp_path, "--dataset", trained / "images")
     assert set(content(tmp_path)) == {"model.pt"} | more

@@ -1,10 +1,11 @@
 """Tests of dpm_2015.py: its bound and sampling, on data whose answers are known, and small runs."""
 
 import json
+import signal
+from contextlib import suppress
 from itertools import islice
 from math import e, log, log2, pi
 from types import SimpleNamespace
-from unittest.mock import DEFAULT, Mock
 
 import conftest
 import numpy as np
@@ -95,10 +96,8 @@ def test_bound_of_noise(float64):
     """For data from N(0, 1) and z = 0, nothing is lost: K is the mean of log p(x_0)."""
     process = dpm.Gaussian(40, 0.1, learn_betas=True)
     signs = torch.tensor([-1.0, 1.0])  # quadrature with two nodes, exact as K is quadratic
-    times = torch.arange(2.0, 41.0)
-    x_0, eps, t = torch.cartesian_prod(signs, signs, times).T[:, :, None]
-    z = torch.zeros(len(t), 2)
-    K = bound_at(process, z, x_0, t.long(), lambda q: q.mean + q.stddev * eps)
+    x_0, eps, t = torch.cartesian_prod(signs, signs, torch.arange(2.0, 41.0)).T[:, :, None]
+    K = bound_at(process, torch.zeros(1, 2), x_0, t.long(), lambda q: q.mean + q.stddev * eps)
     assert abs(K.mean() + log2(2 * pi * e) / 2) < 1e-9  # the entropy of N(0, 1)
 
 
@@ -340,9 +339,8 @@ def test_seeds_and_checkpoints(roll, tmp_path, monkeypatch):
     """A checkpoint gives the same samples, in another folder; another seed gives other ones."""
     monkeypatch.chdir(tmp_path)
     before = conftest.content(roll)
-    checkpoint = ["--checkpoint", roll / "model.pt"]
-    run(*checkpoint)
-    run(*checkpoint, "--seed", 1, "--output_dir", "other")
+    run("--checkpoint", roll / "model.pt")
+    run("--checkpoint", roll / "model.pt", "--seed", 1, "--output_dir", "other")
     same = conftest.content(tmp_path / "outputs/dpm_2015_swiss_roll_samples")
     other = conftest.content(tmp_path / "other")
     assert set(same) == set(other) == FILES and conftest.content(roll) == before
@@ -350,23 +348,23 @@ def test_seeds_and_checkpoints(roll, tmp_path, monkeypatch):
         assert same[name] == before[name] != other[name]
 
 
-def test_ctrl_c_and_resume(roll, tmp_path, monkeypatch):
-    """Ctrl-C goes on to the samples. Resumed, it is the same as training in one go, bit for bit."""
+@pytest.mark.parametrize(("number", "more"), [(signal.SIGTERM, set()), (signal.SIGINT, FILES)])
+def test_early_end_and_resume(roll, tmp_path, monkeypatch, number, more):
+    """A signal ends training; Ctrl-C draws samples, too. Resumed, all is bit for bit the same."""
     state = torch.load(roll / "model.pt", weights_only=True)
-    state["step"] = 247  # as if it had come that far: step 250 saves the weights
+    state["step"] = 247  # as if it had come that far: step 250 saves the weights, too
     state["options"]["num_training_steps"] = 253
-    path = tmp_path / "model.pt"
+    torch.save(state, path := tmp_path / "model.pt")
+    conftest.interrupt(monkeypatch, dpm, dpm.bound, number)
+    with suppress(SystemExit):
+        run("--resume", path)
+    assert torch.load(path, weights_only=True)["step"] == 251
+    assert set(conftest.content(tmp_path)) == {"model.pt"} | more
+    run("--resume", path)
+    resumed = path.read_bytes()
     torch.save(state, path)
-    calls = 4 * [DEFAULT] + [KeyboardInterrupt] + 99 * [DEFAULT]  # Ctrl-C in the fifth step
-    monkeypatch.setattr(dpm, "bound", Mock(wraps=dpm.bound, side_effect=calls))
     run("--resume", path)
-    assert results(tmp_path)[3]["step"] == 250
-    assert set(conftest.content(tmp_path)) == FILES | {"model.pt"}
-    run("--resume", path)
-    parts = conftest.content(tmp_path)
-    torch.save(state, path)
-    run("--resume", path)
-    assert conftest.content(tmp_path)["model.pt"] == parts["model.pt"]
+    assert path.read_bytes() == resumed
 
 
 def test_heartbeats(tmp_path):
