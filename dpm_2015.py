@@ -61,10 +61,10 @@ def load_data(dataset, data_dir):
 
 
 # %% 2. Two kinds of diffusion
-# q adds noise. It ends in the prior, pure noise: numbers from N(0, 1), or bits of mean m. A film of
-# pure noise looks the same when it runs backwards: there, a step back is one more step of q. If the
-# noise still holds some data, a small step back differs little from that, and the network learns
-# how: its z moves the mean of a bell curve, or is added to the log-odds of a bit (README, part 10).
+# q adds noise, and nearly ends in the prior, pure noise: numbers from N(0, 1), or bits of mean m. A
+# film of pure noise looks the same when it runs backwards: there, a step back is again a step of q.
+# If the noise still holds some data, a small step back differs little from that. The network learns
+# how: z corrects mean and width of a bell curve, or the log-odds of a bit (README, parts 2 and 10).
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -141,7 +141,7 @@ def bound(model, x_0):
     times all q(x_{t-1} | x_t, x_0), t >= 2. Each step of q meets one of p; p(x_0 | x_1) has none:
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    For data with the mean square of the prior (bits: its mean), the last three are entropies H.
+    If data have the prior's mean square (bits: its mean), these three are, on average, entropies H.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
@@ -150,7 +150,7 @@ def bound(model, x_0):
     q = process.q_posterior(x_0, x_t, t)
     kl = kl_divergence(q, p).sum(dim=1)
     H_end = process.q(x_0, 0, T).entropy().sum(dim=1)  # -E log q(x_T | x_0)
-    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # -E log p(x_0 | x_1), which is a step of q
+    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # -E log p(x_0 | x_1): q(x_1 | x_0) swapped
     H_prior = x_0.shape[1] * process.prior.entropy()  # -E log p(x_T). Why: see the README, part 9
     K = -(T - 1) * kl + H_end - H_start - H_prior  # one random t stands for all T - 1
     return K / math.log(2), t
@@ -248,8 +248,8 @@ def train(model, rows, options, path, state):
             with path.with_suffix(".part").open("wb") as file:
                 torch.save({"options": options, "step": step + 1, **weights}, file)
             path.with_suffix(".part").replace(path)  # so that model.pt is never half-written
-        if signals:
-            break
+            if signals:
+                break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return signals
