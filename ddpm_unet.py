@@ -35,7 +35,7 @@ def make_schedule(T):
     """Return alpha_bars (T + 1,) for t = 0..T: products of the first t factors alpha = 1 - beta."""
     # Step t is x_t = sqrt(alpha) * x_{t-1} + sqrt(1 - alpha) * noise (eq. 2): variance 1 stays 1.
     # So t steps scale x_0 by sqrt(alpha_bar), and add noise of variance 1 - alpha_bar in all.
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # sum: about 10 (T > 1). So alpha_bar_T is tiny
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # sum: 10. So alpha_bar_T is about exp(-10)
     betas = betas.clip(max=0.999)  # if T is 20 or less, some betas are too large
     return torch.from_numpy(np.cumprod(np.append(1, 1 - betas)))  # in other code alphas_cumprod
 
@@ -310,7 +310,7 @@ def parse_options(argv):
     option("--dataset", "mnist", "mnist, or a folder of images; its folders are classes")
     option("--image_size", 28, "pixels on each side")
     option("--num_timesteps", 1000, "number of diffusion steps T")
-    flag("--base_channels", type=int, default=24, choices=[8, 16, 24, 32, 64, 128], help="width")
+    flag("--base_channels", type=int, default=24, choices=[16, 24, 32, 64, 128], help="width")
     flag("--channel_mults", type=int, nargs="+", default=[1, 2, 4], help="width at each size")
     option("--train_batch_size -b", 32, "images in a training step")
     option("--num_epochs -e", 5, "passes over the data, on average")

@@ -61,7 +61,7 @@ def make_schedule(T):
     square is called alpha_bar. Variances add up, so a step makes s = signal**2 + noise_std**2 into
     (1 - beta) * s + beta. From s = 1 at t = 0, it stays at 1: noise_std**2 is 1 - alpha_bar.
     """
-    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is about 10, so alpha_bar_T is tiny
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T  # the sum is 10, so alpha_bar_T is about exp(-10)
     betas = np.append(0, betas.clip(max=0.999))  # beta_0 = 0. If T <= 20, some would reach 1
     alpha_bars = np.cumprod(1 - betas)  # in float64, because 1 - alpha_bar can be tiny
     tables = np.float32([betas, np.sqrt(alpha_bars), np.sqrt(1 - alpha_bars)])

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 import ddpm_unet as ddpm
 
-TINY = "--num_timesteps 20 --base_channels 8 --channel_mults 1 2 --image_size 8"
+TINY = "--num_timesteps 20 --base_channels 16 --channel_mults 1 2 --image_size 8"
 TINY = f"{TINY} -b 4 -e 6 --seed 5 --device cpu".split()
 SAMPLES = {"process.gif", "run.json", "samples.npy", "samples.png"}
 ALL = SAMPLES | {"data.png", "model.pt"}
@@ -324,7 +324,7 @@ BAD = [
     *((f"--{flag} 0", f"--{flag}") for flag in ["image_size", "num_epochs", "learning_rate"]),
     *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in BAD_CHECKPOINTS),
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
-    ("--checkpoint model.pt --base_channels 16", "does not fit channels"),
+    ("--checkpoint model.pt --base_channels 24", "does not fit channels"),
     ("--checkpoint model.pt --num_timesteps 30", "does not fit channels"),
     ("--checkpoint odd.pt", "does not fit: RuntimeError"),
     ("--label 0 3", "--label: choose from 0 to 2"),  # before training
