@@ -47,8 +47,8 @@ def q_sample(x_0, alpha_bar, eps):
 
 def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     """Return mean and variance of q(x_{t-1} | x_t, x_0): the step back, if we knew x_0 (eq. 7)."""
-    # Bayes' rule: q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled. Both are bell curves in x_{t-1}.
-    # In the product, inverse variances add up, and weight the means.
+    # Bayes' rule: q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled. Both are bell curves in x_{t-1},
+    # exp(-(x - mean)**2 / 2 / variance). Exponents add: 1 / variance adds, and weights the means.
     alpha = alpha_bar / alpha_bar_prev  # alpha_t, or, if sampling skips steps, a product of alphas
     mean_0 = alpha_bar_prev**0.5 * x_0  # what x_0 tells of x_{t-1}: eq. 4
     variance_0 = 1 - alpha_bar_prev
@@ -143,8 +143,8 @@ def loss_simple(model, alpha_bars, x_0, labels, no_label):
 # %% 4. Sampling
 # Eq. 4 turns eps_hat into x_0_hat. Least squares teaches means, so x_0_hat is about the mean of
 # all x_0 that fit x_t (without guidance). The true step draws one of these x_0 for q_posterior.
-# With x_0_hat in its place, x_{t-1} has the same mean, and in small steps barely less variance:
-# at large t, weight in q_posterior is small; at small t, all x_0 that fit x_t are almost the same.
+# With x_0_hat in its place, x_{t-1} has the same mean, as mean_0 is linear in x_0. It lacks the
+# variance weight**2 * alpha_bar_prev * Var(x_0 | x_t), which is little if the step is small.
 @torch.no_grad()
 def p_sample_loop(net, alpha_bars, num_steps, x, labels, guidance, sampler):
     """Turn noise x into images, in num_steps of the T steps. Yield (steps left, x_t, x_0_hat)."""

@@ -122,9 +122,9 @@ def loss_simple(model, schedule, x_0, predict):
 # %% 5. Sampling
 def q_posterior(schedule, x_0, x_t, t):
     """Return mean and sigma of q(x_{t-1} | x_t, x_0): the step back, if we knew x_0 (eq. 7)."""
-    # Bayes' rule: q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled. Both are bell curves in x_{t-1}.
-    # In the product, inverse variances add up, and weight the means. t is one number.
-    beta = schedule.betas[t]
+    # Bayes' rule: q(x_{t-1} | x_0) q(x_t | x_{t-1}), scaled. Both are bell curves in x_{t-1},
+    # exp(-(x - mean)**2 / 2 / variance). Exponents add: 1 / variance adds, and weights the means.
+    beta = schedule.betas[t]  # t is one number
     mean_0 = schedule.signal[t - 1] * x_0  # what x_0 tells of x_{t-1}: eq. 4
     variance_0 = schedule.noise_std[t - 1] ** 2
     mean_t = x_t / (1 - beta) ** 0.5  # what x_t tells of x_{t-1}: eq. 2, solved for it
