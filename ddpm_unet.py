@@ -29,6 +29,9 @@ from torch import distributed, nn
 from torchvision import datasets, transforms, utils
 from tqdm import tqdm
 
+RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD_SIZE processes and numbers them
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
 
 # %% 1. Noise schedule and forward process
 def make_schedule(T):
@@ -180,10 +183,6 @@ def ddim_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
 
 
 # %% 5. Training
-RANK = int(os.environ.get("RANK", "0"))  # torchrun starts WORLD_SIZE processes and numbers them
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def train(net, ema, images, labels, options, path, state):
     """Train net by Algorithm 1. Average it in ema. state: {}, or what to resume. Return signals."""
     model = nn.parallel.DistributedDataParallel(net) if WORLD_SIZE > 1 else net
@@ -362,8 +361,7 @@ def main(argv=None):
     if args.checkpoint is None:
         images, labels = load_images(args.dataset, args.data_dir, args.image_size)
         images, labels = images.to(args.device), labels.to(args.device)
-        args.channels = images.shape[1]
-        args.num_classes = labels.max().item() + 1
+        args.channels, args.num_classes = images.shape[1], labels.max().item() + 1
     args.label = args.label or [*range(args.num_classes)]
     if min(args.label) < 0 or max(args.label) >= args.num_classes:
         sys.exit(f"ddpm_unet.py: error: --label: choose from 0 to {args.num_classes - 1}")
@@ -381,6 +379,8 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     if args.checkpoint is None:
         signals = train(net, ema, images, labels, options, out / "model.pt", state)
+        if WORLD_SIZE > 1:
+            distributed.destroy_process_group()  # else its threads can crash a process that ends
         if RANK > 0 or signal.SIGTERM in signals:  # Ctrl-C goes on to sample
             sys.exit()
         some = images[:: 1 + len(images) // 100]  # up to a hundred, evenly spread
