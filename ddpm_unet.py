@@ -335,7 +335,7 @@ def parse_options(argv):
             state = {name: state[name] for name in ("options", "step", "net", "ema", "optimizer")}
             parser.set_defaults(**state["options"])  # and channels and num_classes
         except Exception as error:
-            raise SystemExit(f"ddpm_unet.py: error: cannot use {path}: {error!r:.200}") from error
+            raise SystemExit(f"ddpm_unet.py: error: no U-Net in {path}: {error!r:.200}") from error
     args = parser.parse_args(argv)  # again: what you do not give comes from the checkpoint
     for name, value in vars(args).items():
         if name not in ("seed", "guidance") and isinstance(value, (int, float)) and not value > 0:

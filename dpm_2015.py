@@ -339,7 +339,7 @@ def parse_options(argv):
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = {name: state[name] for name in ("options", "step", "model", "optimizer")}
         except Exception as error:
-            raise SystemExit(f"dpm_2015.py: error: cannot use {path}: {error!r:.200}") from error
+            raise SystemExit(f"dpm_2015.py: error: no DPM in {path}: {error!r:.200}") from error
         parser.set_defaults(**state["options"])
     args = parser.parse_args(argv)  # again: your options win over model.pt, it over defaults
     for name, value in vars(args).items():

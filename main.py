@@ -304,7 +304,7 @@ def load_checkpoint(path, device):
         model = MLP(*config.sizes, config.num_timesteps)
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:
-        raise SystemExit(f"main.py: error: cannot use {path}: {error!r:.200}") from error
+        raise SystemExit(f"main.py: error: no MLP in {path}: {error!r:.200}") from error
     return model, config
 
 
@@ -328,7 +328,7 @@ def parse_options(argv):
     option("--learning_rate", 1e-2, "it rises to this, then falls")
     option("--num_samples --eval_batch_size", 2000, "samples to draw")
     option("--show_image_step", 8, "diffusion steps between two frames")
-    flag("--checkpoint", "--eval_path", help="model.pt to draw samples from")
+    flag("--checkpoint", "--eval_path", help="model.pt to draw samples from, with its own options")
     flag("--output_dir", help="folder for all files [outputs/NAME]")
     option("--data_dir", "data", "holds the 4 files of MNIST in MNIST/raw, or will")
     option("--seed", 0, "the same seed and number of threads give the same samples")

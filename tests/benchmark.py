@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.datasets import MNIST
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -94,8 +95,6 @@ def parzen(samples, digits, sigma):
 
 def parzen_window(folder, data_dir):
     """As in the paper: pixels in 0..1, all test digits, sigma chosen on training digits."""
-    from torchvision.datasets import MNIST
-
     samples = torch.from_numpy(np.load(Path(folder, "samples.npy"))).flatten(1)
     samples = samples.floor().clamp(0, 255) / 255
     digits = [MNIST(data_dir, train).data.flatten(1) / 255 for train in (True, False)]

@@ -84,13 +84,18 @@ def guess(schedule, x_0):
 
 
 def step_back(schedule):
-    """Draw where 0.5 after 100 steps was before, nearly and exactly; the data are -1 and 1."""
-    figure, (panels,) = new_figure(1, 2, height=2.9)
+    """Draw where 0.5 after 100 steps was before: clues, then nearly and exactly. Data: -1 and 1."""
+    figure, (panels,) = new_figure(1, 3, height=2.9)
     x = torch.linspace(-2, 2, 400)[:, None]
     alpha_bar = schedule.signal[100] ** 2
+    alpha = alpha_bar / schedule.signal[99] ** 2
     x_0_hat = torch.tanh(alpha_bar**0.5 * 0.5 / (1 - alpha_bar))
+    origin = Normal(schedule.signal[99] * x_0_hat, schedule.noise_std[99])
+    step = Normal(0.5 / alpha**0.5, ((1 - alpha) / alpha) ** 0.5)
+    panels[0].plot(x, origin.log_prob(x).exp(), color=BLUE, lw=2, label="the origin")
+    panels[0].plot(x, step.log_prob(x).exp(), color=GREY, lw=2, label="the step")
     x_0 = torch.tensor([-1, 1])
-    for axes, t, title in zip(panels, (99, 20), ("one step back", "80 steps back")):
+    for axes, t in zip(panels[1:], (99, 20)):
         before = schedule.signal[t] ** 2
         means, variance = ddpm_unet.q_posterior(x_0, 0.5, alpha_bar, before)
         mean, _ = ddpm_unet.q_posterior(x_0_hat, 0.5, alpha_bar, before)
@@ -98,7 +103,8 @@ def step_back(schedule):
         bell = Normal(mean, variance**0.5).log_prob(x).exp()
         axes.plot(x, exact, ":", color="black", lw=4, label="exact")
         axes.plot(x, bell, color=ORANGE, lw=2, label="bell curve")
-        axes.set(title=title, yticks=())
+    for axes, title in zip(panels, ("the two clues", "one step back", "80 steps back")):
+        axes.set(title=title, yticks=(), ylim=(0, None))
         axes.legend()
     figure.savefig(IMAGES / "figure_step_back.png")
 

@@ -75,16 +75,13 @@ def decoder_floor(x_0, std):
 
 @torch.no_grad()
 def bound(net, alpha_bars, x_0, labels, terms):
-    """Return bits per dimension (B, 3) of x_0 (B, 1, H, W): L_T, L_1 + ... + L_{T-1}, and L_0.
-
-    Of the sum, each image takes so many terms, evenly spread from a random t on.
-    """
+    """Return bits per dimension (B, 3) of x_0 (B, 1, H, W): L_T, L_1 + ... + L_{T-1}, and L_0."""
     last = alpha_bars[-1].item()
     L_T = (last * (x_0**2 - 1) - math.log(1 - last)) / 2  # KL(q(x_T | x_0) || N(0, I))
     count = len(alpha_bars) - 2  # t = 2..T
     first = torch.randint(count, (len(x_0),))
     steps = torch.zeros_like(x_0)
-    for k in range(terms):
+    for k in range(terms):  # some terms of the sum, evenly spread from a random t on
         t = 2 + (first + k * count // terms) % count
         steps += step_nats(net, alpha_bars, x_0, labels, t) * count / terms
     mean = predict(net, alpha_bars, x_0, labels, torch.ones_like(labels))  # by eq. 7, at t = 1

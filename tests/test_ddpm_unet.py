@@ -322,7 +322,7 @@ def test_two_processes_are_one_with_both_halves(trained, tmp_path, monkeypatch):
 
 BAD = [
     *((f"--{flag} 0", f"--{flag}") for flag in ["image_size", "num_epochs", "learning_rate"]),
-    *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in BAD_CHECKPOINTS),
+    *((f"--checkpoint {name}.pt", f"no U-Net in {name}.pt: ") for name in BAD_CHECKPOINTS),
     ("--checkpoint model.pt --resume model.pt", "--resume: not allowed with"),
     ("--checkpoint model.pt --base_channels 24", "does not fit channels"),
     ("--checkpoint model.pt --num_timesteps 30", "does not fit channels"),

@@ -399,7 +399,7 @@ def test_digits(monkeypatch, tmp_path):
 NUMBERS = ["--hidden_size 0", "--num_timesteps 1", "--num_samples 24", "--learning_rate nan"]
 BAD = [
     *((option, f"{option}: must be above ") for option in [*NUMBERS, "--seed -1"]),
-    *((f"--checkpoint {name}.pt", f"cannot use {name}.pt: ") for name in conftest.BAD_CHECKPOINTS),
+    *((f"--checkpoint {name}.pt", f"no DPM in {name}.pt: ") for name in conftest.BAD_CHECKPOINTS),
     *((options, "holds a model") for options in ["--output_dir .", "--resume copy.pt"]),
     *((f"--checkpoint {name}", "does not fit") for name in ["model.pt --hidden_size 9", "odd.pt"]),
     ("--resume model.pt --num_training_steps 9 --learning_rate 1e30", "K is not finite: lower"),
