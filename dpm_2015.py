@@ -62,9 +62,9 @@ def load_data(dataset, data_dir):
 
 # %% 2. Two kinds of diffusion
 # q adds noise, and nearly ends in the prior, pure noise: numbers from N(0, 1), or bits of mean m. A
-# film of pure noise looks the same when it runs backwards: there, a step back is again a step of q.
-# If the noise still holds some data, a small step back differs little from that. The network learns
-# how: z corrects mean and width of a bell curve, or the log-odds of a bit (README, parts 2 and 10).
+# film of pure noise looks the same backwards: prior(a) q(b | a) = prior(b) q(a | b). There, a step
+# back is a step of q. If x_t still holds data, a small step back is nearly one. A network learns
+# the difference: z corrects mean and width of a bell curve, or log-odds of a bit (README, 2, 10).
 class Gaussian(nn.Module):
     """Gaussian diffusion. One step is q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)."""
 
@@ -72,12 +72,12 @@ class Gaussian(nn.Module):
         super().__init__()
         self.T = T
         self.prior = Normal(0.0, 1.0)  # p(x_T), of one number
-        self.sample = Normal.rsample  # smooth in the betas: they get gradients
+        self.sample = Normal.rsample  # draws so that the betas get gradients
         self.z_per_number = 2  # z_mu and z_sigma
         self.register_buffer("fixed_betas", torch.tensor([0.0, beta_1]))  # beta_0 and beta_1
         self.noise_levels = torch.linspace(math.log(beta_1 / (1 - beta_1)), 7, T)  # as log-odds
-        noise = self.noise_levels.sigmoid()  # 1 - alpha_bar_t (see q): from beta_1 to 0.999
-        betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # 1 - alpha_bar_t / alpha_bar_{t-1}
+        noise = self.noise_levels.sigmoid()  # how much of x_t is noise: from beta_1 to 0.999
+        betas = (noise[1:] - noise[:-1]) / (1 - noise[:-1])  # this share of the data is lost
         self.logit_betas = nn.Parameter(betas.logit(), requires_grad=learn_betas)
 
     def q(self, x_s, s, t):  # q(x_t | x_s): the steps s + 1 to t at once
@@ -141,7 +141,7 @@ def bound(model, x_0):
     times all q(x_{t-1} | x_t, x_0), t >= 2. Each step of q meets one of p; p(x_0 | x_1) has none:
         K = -sum over t = 2..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
             + E log p(x_T) - E log q(x_T | x_0) + E log p(x_0 | x_1).
-    If data have the prior's mean square (bits: its mean), these three are, on average, entropies H.
+    If data have the prior's mean square (bits: its mean), the last three average to the H's below.
     """
     process, T = model.process, model.process.T
     t = torch.randint(2, T + 1, (len(x_0), 1))
@@ -150,7 +150,7 @@ def bound(model, x_0):
     q = process.q_posterior(x_0, x_t, t)
     kl = kl_divergence(q, p).sum(dim=1)
     H_end = process.q(x_0, 0, T).entropy().sum(dim=1)  # -E log q(x_T | x_0)
-    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # -E log p(x_0 | x_1): q(x_1 | x_0) swapped
+    H_start = process.q(x_0, 0, 1).entropy().sum(dim=1)  # -E log p(x_0 | x_1): log priors cancel
     H_prior = x_0.shape[1] * process.prior.entropy()  # -E log p(x_T). Why: see the README, part 9
     K = -(T - 1) * kl + H_end - H_start - H_prior  # one random t stands for all T - 1
     return K / math.log(2), t
@@ -300,7 +300,7 @@ def evaluate(model, test_rows, num_samples, out):
 SAVED = ["dataset", "num_timesteps", "hidden_size"]  # options in model.pt
 SAVED += ["train_batch_size", "num_training_steps", "learning_rate", "seed"]
 THREADS = torch.get_num_threads()
-ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # and all others above 0
+ABOVE = {"num_timesteps": 1, "num_samples": 24, "seed": -1}  # 25 digits shown; all others above 0
 
 
 def parse_options(argv):
